@@ -1,0 +1,41 @@
+# A bare machine with Python 3.10 or later and make will do: the first target that needs it makes .venv
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+CODE := sb3_ppo_from_scratch benchmarks tests
+
+.PHONY: help cartpole test check lint format-check format type clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+cartpole: .venv/installed ## the main job: ScratchPPO beside SB3's PPO on CartPole-v1
+	$(BIN)/python -m benchmarks.cartpole --engine torch --out runs/cartpole
+
+test: .venv/installed ## all tests, the slow ones included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+check: format-check lint type test ## everything that must pass before a commit
+
+lint: .venv/installed ## ruff's rules
+	$(BIN)/ruff check $(CODE)
+
+format-check: .venv/installed ## whether the code is formatted
+	$(BIN)/ruff format --check $(CODE)
+
+format: .venv/installed ## format the code, and fix what ruff can fix
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+type: .venv/installed ## static types
+	$(BIN)/mypy
+
+clean: ## remove .venv, caches and runs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,17 @@
+"""ScratchPPO: Proximal Policy Optimization written from scratch, a drop-in for Stable-Baselines3's PPO."""
+
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.ppo import ScratchPPO
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CnnPolicy",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "ScratchPPO",
+    "ScratchRolloutBuffer",
+    "SharedMlpPolicy",
+    "__version__",
+]

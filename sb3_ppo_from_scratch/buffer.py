@@ -1,0 +1,242 @@
+"""The rollout: what a policy saw, did and received over ``n_steps`` steps, and the data set that an update learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
+from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_from_scratch.advantages import compute_gae
+
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "minibatch_source"]
+
+Observations = th.Tensor | dict[str, th.Tensor]
+
+
+class RolloutData(NamedTuple):
+    """
+    Transitions in no particular arrangement of time: the data set of a whole rollout, or a minibatch of it.
+
+    The first six fields are those of SB3's ``RolloutBufferSamples``. ``B`` is the number of transitions.
+    """
+
+    observations: Observations
+    """``[B, *obs_shape]`` in the space's dtype, or a dict of such"""
+    actions: th.Tensor
+    """``[B, action_dim]``, float32, as sampled (before clipping to the space)"""
+    old_values: th.Tensor
+    """``[B]``, the critic's values during the rollout"""
+    old_log_prob: th.Tensor
+    """``[B]``, log-probabilities of the actions during the rollout"""
+    advantages: th.Tensor
+    """``[B]``, from :func:`compute_gae`"""
+    returns: th.Tensor
+    """``[B]``, from :func:`compute_gae`"""
+    dist_params: th.Tensor | None = None
+    """``[B, n_params]``, the behaviour policy's distribution, or ``None`` if it is not known"""
+
+    @property
+    def size(self) -> int:
+        """Number of transitions, B."""
+        return self.advantages.shape[0]
+
+    def take(self, indices: th.Tensor) -> RolloutData:
+        """
+        :param indices: ``[b]``, int64, on the data's device
+        :return: a copy of those transitions, in that order
+        """
+        if isinstance(self.observations, dict):
+            observations: Observations = {key: value.index_select(0, indices) for key, value in self.observations.items()}
+        else:
+            observations = self.observations.index_select(0, indices)
+        rest = (None if field is None else field.index_select(0, indices) for field in self[1:])
+        return RolloutData(observations, *rest)  # type: ignore[arg-type]  # the fields keep their order and kind
+
+    def minibatches(self, batch_size: int) -> Iterator[RolloutData]:
+        """
+        One pass over the data in random order, cut into minibatches; the last one may be smaller.
+
+        The order comes from NumPy's global generator, drawn once per pass, as in SB3.
+
+        :param batch_size: transitions per minibatch
+        """
+        order = th.from_numpy(np.random.permutation(self.size)).to(self.advantages.device)
+        for indices in order.split(batch_size):
+            yield self.take(indices)
+
+
+class ScratchRolloutBuffer(RolloutBuffer):
+    """
+    Stores ``n_steps`` steps of ``n_envs`` environments, computes advantages and returns, and hands out the data set.
+
+    The public arrays have shape ``[n_steps, n_envs, ...]`` at all times. Their memory is laid out environment by environment,
+    so that the data set in SB3's order (environment-major) is a view of them, not a copy. Dict observations are held as a
+    dict of arrays. It is a drop-in for SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``: SB3's own PPO trains on it.
+
+    :param buffer_size: n_steps, steps per environment and rollout
+    :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
+    :param action_space: Box, Discrete, MultiDiscrete or MultiBinary
+    :param device: where the data set's tensors go
+    :param gae_lambda: see :func:`compute_gae`
+    :param gamma: see :func:`compute_gae`
+    :param n_envs: number of parallel environments
+    """
+
+    observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]  # one class for array and Dict spaces
+    dist_params: np.ndarray | None
+    """``[n_steps, n_envs, n_params]``: the behaviour policy's logits, or means and log standard deviations"""
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+    ):
+        # RolloutBuffer's own constructor would allocate its storage too
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.gae_lambda = gae_lambda
+        self.gamma = gamma
+        if isinstance(observation_space, spaces.Dict):
+            self.observations = {
+                key: self._allocate(get_obs_shape(space), space.dtype)  # type: ignore[arg-type]  # a Dict does not nest
+                for key, space in observation_space.spaces.items()
+            }
+        else:
+            self.observations = self._allocate(self.obs_shape, observation_space.dtype)
+        self.actions = self._allocate((self.action_dim,), action_space.dtype)
+        self.dist_params = None
+        for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
+            setattr(self, name, self._allocate((), np.float32))
+        self.reset()
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike | None) -> np.ndarray:
+        return np.zeros((self.n_envs, self.buffer_size, *shape), dtype=dtype).swapaxes(0, 1)
+
+    def reset(self) -> None:
+        """Begin a new rollout; the storage is used again."""
+        self.pos = 0
+        self.full = False
+
+    def add(
+        self,
+        obs: np.ndarray | dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor,
+        log_prob: th.Tensor,
+        dist_params: th.Tensor | None = None,
+    ) -> None:
+        """
+        Store one step of every environment.
+
+        :param obs: ``[n_envs, *obs_shape]`` or a dict of such, what the policy saw
+        :param action: ``[n_envs, *action_shape]``, as sampled
+        :param reward: ``[n_envs]``
+        :param episode_start: ``[n_envs]``, whether ``obs`` is the first of an episode
+        :param value: ``[n_envs]`` or ``[n_envs, 1]``
+        :param log_prob: ``[n_envs]``
+        :param dist_params: ``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`
+        :raises IndexError: if the buffer is full
+        """
+        if self.full:
+            raise IndexError(f"the rollout buffer already holds its {self.buffer_size} steps; call reset() first")
+        step = self.pos
+        if isinstance(self.observations, dict):
+            for key, storage in self.observations.items():
+                _store(storage[step], obs[key])
+        else:
+            _store(self.observations[step], obs)  # type: ignore[arg-type]  # likewise
+        _store(self.actions[step], action)
+        self.rewards[step] = reward
+        self.episode_starts[step] = episode_start
+        _store(self.values[step], value)
+        _store(self.log_probs[step], log_prob)
+        if dist_params is not None:
+            if self.dist_params is None:
+                self.dist_params = self._allocate(tuple(dist_params.shape[1:]), np.float32)
+            _store(self.dist_params[step], dist_params)
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """
+        Fill ``advantages`` and ``returns`` from the stored steps (:func:`compute_gae`).
+
+        :param last_values: ``[n_envs]`` or ``[n_envs, 1]``, values of the observations after the last step
+        :param dones: ``[n_envs]``, whether the last step ended an episode
+        """
+        last = last_values.detach().cpu().numpy().reshape(self.n_envs)
+        self.advantages[:], self.returns[:] = compute_gae(
+            self.rewards, self.values, self.episode_starts, last, dones, self.gamma, self.gae_lambda
+        )
+
+    def dataset(self) -> RolloutData:
+        """
+        The rollout's ``n_steps * n_envs`` transitions in environment-major order, on the buffer's device.
+
+        On CPU the tensors share the buffer's memory (actions excepted, which become float32).
+
+        :raises RuntimeError: if the rollout is not complete
+        """
+        if not self.full:
+            raise RuntimeError(
+                f"the rollout buffer holds {self.pos} of {self.buffer_size} steps; only a full one is a data set"
+            )
+        if isinstance(self.observations, dict):
+            observations: Observations = {key: self._flatten(value) for key, value in self.observations.items()}
+        else:
+            observations = self._flatten(self.observations)
+        return RolloutData(
+            observations,
+            self._flatten(self.actions.astype(np.float32, order="K", copy=False)),
+            self._flatten(self.values),
+            self._flatten(self.log_probs),
+            self._flatten(self.advantages),
+            self._flatten(self.returns),
+            None if self.dist_params is None else self._flatten(self.dist_params),
+        )
+
+    def _flatten(self, array: np.ndarray) -> th.Tensor:
+        flat = array.swapaxes(0, 1).reshape(self.n_envs * self.buffer_size, *array.shape[2:])
+        return th.from_numpy(flat).to(self.device)
+
+    def get(self, batch_size: int | None = None) -> Iterator[RolloutData]:  # type: ignore[override]  # a richer batch
+        """
+        SB3's interface to one pass over the data in random order.
+
+        :param batch_size: transitions per minibatch; ``None`` for all in one
+        """
+        data = self.dataset()
+        return data.minibatches(data.size if batch_size is None else batch_size)
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutData:  # type: ignore[override]
+        return self.dataset().take(th.as_tensor(batch_inds, device=self.device))
+
+
+def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
+    """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
+    if isinstance(source, th.Tensor):
+        source = source.detach().cpu().numpy()
+    target[...] = np.reshape(source, target.shape)
+
+
+def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
+    """
+    How to draw one epoch's minibatches of a given size from ``buffer``.
+
+    Ours builds its data set once per rollout. A class of the user's with a ``get`` of its own keeps the last word.
+    """
+    if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
+        return buffer.dataset().minibatches
+    return buffer.get  # type: ignore[return-value]  # SB3's samples have the same first six fields

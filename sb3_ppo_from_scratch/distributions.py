@@ -1,0 +1,95 @@
+"""
+The behaviour policy's distribution as one flat row of numbers per step, so that the exact KL can be taken later.
+
+Sampling, log-probabilities and entropies are SB3's own; this module only reads a distribution's parameters and compares two
+sets of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.nn import functional as F
+
+__all__ = ["UncheckedDistributions", "distribution_parameters", "exact_kl"]
+
+
+def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:
+    """
+    The parameters that ``distribution`` was last given, one row per observation.
+
+    ``Discrete(n)``: n normalised logits. ``MultiDiscrete(nvec)``: the sum(nvec) logits, each factor normalised.
+    ``MultiBinary(n)``: n logits. ``Box`` of d dimensions, gSDE included: d means, then d log standard deviations (before any
+    squashing, which leaves the KL unchanged).
+
+    :param distribution: a policy's ``action_dist``
+    :return: ``[batch_size, n_params]``, with its gradient; ``None`` for a distribution this function does not know
+    """
+    if isinstance(distribution, CategoricalDistribution | BernoulliDistribution):
+        return distribution.distribution.logits
+    if isinstance(distribution, MultiCategoricalDistribution):
+        return th.cat([factor.logits for factor in distribution.distribution], dim=1)
+    if isinstance(distribution, DiagGaussianDistribution | StateDependentNoiseDistribution):
+        normal = distribution.distribution
+        return th.cat([normal.loc, th.log(normal.scale)], dim=1)
+    return None
+
+
+def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.Tensor:
+    r"""
+    :math:`KL(\pi_{old} \| \pi_{new})` in nats, per observation, from two sets of :func:`distribution_parameters`.
+
+    :param distribution: says of which kind the parameters are
+    :param old: ``[batch_size, n_params]``
+    :param new: ``[batch_size, n_params]``
+    :return: ``[batch_size]``
+    :raises TypeError: for a distribution without :func:`distribution_parameters`
+    """
+    if isinstance(distribution, CategoricalDistribution | MultiCategoricalDistribution):
+        # logits are log-probabilities, and the factors of a MultiDiscrete space are independent
+        return F.kl_div(new, old, reduction="none", log_target=True).sum(dim=1)
+    if isinstance(distribution, BernoulliDistribution):
+        return kl_divergence(Bernoulli(logits=old), Bernoulli(logits=new)).sum(dim=1)
+    if isinstance(distribution, DiagGaussianDistribution | StateDependentNoiseDistribution):
+        (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, dim=1), new.chunk(2, dim=1)
+        return kl_divergence(Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())).sum(dim=1)
+    raise TypeError(f"distribution must be one of SB3's built-in ones, not {type(distribution).__name__}")
+
+
+class UncheckedDistributions:
+    """
+    Context manager: torch's distributions do not validate their arguments, which is a quarter of what SB3's policy step costs.
+
+    Torch keeps this switch for the whole process, so it is set only while at least one thread is inside, and put back after.
+    The engine looks for NaN itself.
+    """
+
+    _lock = threading.Lock()
+    _depth = 0
+    _before = True
+
+    def __enter__(self) -> None:
+        cls = UncheckedDistributions
+        with cls._lock:
+            if cls._depth == 0:
+                cls._before = th.distributions.Distribution._validate_args
+                th.distributions.Distribution.set_default_validate_args(False)
+            cls._depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        cls = UncheckedDistributions
+        with cls._lock:
+            cls._depth -= 1
+            if cls._depth == 0:
+                th.distributions.Distribution.set_default_validate_args(cls._before)

@@ -1,0 +1,94 @@
+"""The seam for speed: everything numeric that touches the networks goes through an engine's three calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_ppo_from_scratch.stats import UpdateStats
+
+__all__ = ["Engine", "PolicyStep", "UpdateConfig"]
+
+
+class PolicyStep(NamedTuple):
+    """What the policy says about one step of every environment."""
+
+    actions: np.ndarray
+    """``[n_envs, *action_shape]``, as sampled"""
+    values: th.Tensor
+    """``[n_envs, 1]``"""
+    log_probs: th.Tensor
+    """``[n_envs]``"""
+    dist_params: th.Tensor | None
+    """``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`"""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """One update's coefficients, schedules already resolved. The learning rate stands in ``policy.optimizer``."""
+
+    batch_size: int
+    n_epochs: int
+    clip_range: float
+    clip_range_vf: float | None
+    normalize_advantage: bool
+    ent_coef: float
+    vf_coef: float
+    max_grad_norm: float
+    target_kl: float | None
+
+
+class Engine(ABC):
+    """
+    Acts with a policy, and improves it.
+
+    Whatever happens inside, ``policy`` and ``policy.optimizer`` are left as SB3 would leave them: parameters in place, and the
+    optimizer's state per parameter.
+
+    :param policy: the policy to work on
+    """
+
+    name: str
+
+    def __init__(self, policy: ActorCriticPolicy):
+        self.policy = policy
+
+    @classmethod
+    @abstractmethod
+    def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
+        """Why this engine cannot serve ``policy``; ``None`` if it can."""
+
+    def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
+        """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
+
+    @abstractmethod
+    def act(self, obs: PyTorchObs) -> PolicyStep:
+        """
+        Sample one action per environment.
+
+        :param obs: ``[n_envs, *obs_shape]`` or a dict of such
+        :raises ValueError: if the policy's probabilities are NaN
+        """
+
+    @abstractmethod
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: ``[batch_size, *obs_shape]`` or a dict of such
+        :return: ``[batch_size, 1]``, without gradient
+        """
+
+    @abstractmethod
+    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+        """
+        Improve the policy on one rollout.
+
+        :param buffer: full, with advantages and returns
+        :param config: this update's coefficients
+        """

@@ -1,0 +1,159 @@
+"""
+The reference engine: any SB3 policy on any device, and on CPU the same bits as SB3's PPO.
+
+The gradient comes from autograd, or for a plain ``MlpPolicy`` from the same kernels called one by one
+(:mod:`sb3_ppo_from_scratch.engines.closed_form`). Neither the loop nor the bits can tell which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_ppo_from_scratch.advantages import normalize_advantages
+from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp, head_gradient
+from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
+from sb3_ppo_from_scratch.optimizer import ClippedStep
+from sb3_ppo_from_scratch.stats import UpdateStats
+
+__all__ = ["TorchEngine"]
+
+Gradient = tuple[PPOLoss, th.Tensor | None, Callable[[], None]]
+"""A minibatch's loss, the parameters of the distribution that it came from, and what fills the parameters' ``grad``."""
+
+_NAN_MESSAGE = (
+    "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
+    "lower learning_rate"
+)
+
+
+class TorchEngine(Engine):
+    """SB3's operations in SB3's order on the policy's own modules."""
+
+    name = "torch"
+
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        self._network = ClosedFormMlp.of(policy)
+
+    @classmethod
+    def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
+        """It serves every policy."""
+        return None
+
+    @th.no_grad()
+    def act(self, obs: PyTorchObs) -> PolicyStep:
+        """See :meth:`Engine.act`."""
+        try:
+            step = self._sample(obs)
+        except RuntimeError as error:  # torch.multinomial says it with the most general class
+            if "probability tensor" not in str(error):
+                raise
+            raise ValueError(_NAN_MESSAGE) from error
+        if th.isnan(step.log_probs).any():
+            raise ValueError(_NAN_MESSAGE)
+        return step
+
+    def _sample(self, obs: PyTorchObs) -> PolicyStep:
+        dist_params: th.Tensor | None
+        if self._network is not None:
+            actions, values, log_probs, dist_params = self._network.act(obs)  # type: ignore[arg-type]  # a Box's are tensors
+        else:
+            with UncheckedDistributions():
+                actions, values, log_probs = self.policy(obs)
+            dist_params = self._dist_params(len(log_probs))
+        return PolicyStep(actions.cpu().numpy(), values, log_probs, dist_params)
+
+    @th.no_grad()
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """See :meth:`Engine.predict_values`."""
+        return self.policy.predict_values(obs)
+
+    def begin_rollout(self) -> None:
+        """See :meth:`Engine.begin_rollout`."""
+        self._network = ClosedFormMlp.of(self.policy)
+
+    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+        """The training loop: several epochs over the one data set, each in random minibatches, each minibatch one step."""
+        minibatches = minibatch_source(buffer)
+        self._network = ClosedFormMlp.of(self.policy)
+        gradient = self._autograd if self._network is None else partial(self._closed_form, self._network)
+        stats = UpdateStats()
+        with UncheckedDistributions(), ClippedStep(self.policy, config.max_grad_norm) as optimizer:
+            while stats.epochs < config.n_epochs and not stats.stopped_early:
+                stats.begin_epoch()
+                old_and_new: list[tuple[th.Tensor, th.Tensor]] = []
+                for batch in minibatches(config.batch_size):
+                    loss, dist_params, backward = gradient(batch, config)
+                    old_dist_params = getattr(batch, "dist_params", None)
+                    if old_dist_params is not None and dist_params is not None:
+                        old_and_new.append((old_dist_params, dist_params.detach()))
+                    # a float32 against a float, as SB3 compares them
+                    if config.target_kl is not None and loss.approx_kl.cpu().numpy() > 1.5 * config.target_kl:
+                        stats.stopped_early = True
+                        stats.add(loss)
+                        break
+                    optimizer.zero_grad()
+                    backward()
+                    stats.add(loss, optimizer.step())
+            stats.kl = self._mean_kl(old_and_new)
+        return stats
+
+    def _autograd(self, batch: RolloutData, config: UpdateConfig) -> Gradient:
+        """Of any policy."""
+        actions = batch.actions
+        if isinstance(self.policy.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        dist_params = self._dist_params(len(log_prob))
+        loss = ppo_loss(values.flatten(), log_prob, entropy, **_loss_arguments(batch, config))
+        return loss, dist_params, loss.total.backward
+
+    @th.no_grad()
+    def _closed_form(self, network: ClosedFormMlp, batch: RolloutData, config: UpdateConfig) -> Gradient:
+        """Of a plain ``MlpPolicy`` with Discrete actions."""
+        activations = network.forward(batch.observations)  # type: ignore[arg-type]  # of a Box space: a tensor
+        raw_logits, values = (outputs[-1] for outputs in activations)
+        loss, by_raw_logits, by_values, logits = head_gradient(
+            raw_logits, values.flatten(), batch.actions.long(), **_loss_arguments(batch, config)
+        )
+        return loss, logits, lambda: network.backward(activations, by_raw_logits, by_values.unsqueeze(-1))
+
+    @th.no_grad()
+    def _dist_params(self, batch_size: int) -> th.Tensor | None:
+        """Parameters of the distribution that the policy has just made; ``None`` if it keeps none, or an older one."""
+        params = distribution_parameters(getattr(self.policy, "action_dist", None))
+        return params if params is not None and len(params) == batch_size else None
+
+    @th.no_grad()
+    def _mean_kl(self, old_and_new: list[tuple[th.Tensor, th.Tensor]]) -> th.Tensor | None:
+        """Mean over the minibatches of each one's mean KL, in one call for all of them."""
+        if not old_and_new:
+            return None
+        old, new = (th.cat(params) for params in zip(*old_and_new, strict=True))
+        kl = exact_kl(self.policy.action_dist, old, new)
+        return th.stack([part.mean() for part in kl.split([len(params) for params, _ in old_and_new])]).mean()
+
+
+def _loss_arguments(batch: RolloutData, config: UpdateConfig) -> dict[str, Any]:
+    advantages = normalize_advantages(batch.advantages) if config.normalize_advantage else batch.advantages
+    return {
+        "advantages": advantages,
+        "returns": batch.returns,
+        "old_values": batch.old_values,
+        "old_log_prob": batch.old_log_prob,
+        "clip_range": config.clip_range,
+        "clip_range_vf": config.clip_range_vf,
+        "ent_coef": config.ent_coef,
+        "vf_coef": config.vf_coef,
+    }

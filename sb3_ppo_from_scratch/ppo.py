@@ -1,0 +1,459 @@
+"""Proximal Policy Optimization as an SB3 algorithm: set-up, the loop of rollout and update, saving and loading."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.engines import ENGINE_NAMES, Engine, UpdateConfig, make_engine
+from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.validation import (
+    check_action_space,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_observation_space,
+    check_scheduled,
+    errors_for_assertions,
+    resolve_schedule,
+)
+
+__all__ = ["ScratchPPO"]
+
+SelfScratchPPO = TypeVar("SelfScratchPPO", bound="ScratchPPO")
+
+
+class ScratchPPO(OnPolicyAlgorithm):
+    """
+    Proximal Policy Optimization with a clipped objective (https://arxiv.org/abs/1707.06347), a drop-in for SB3's ``PPO``.
+
+    The arguments are those of SB3's ``PPO``, by name, order and default; ``engine`` is added at the end. With
+    ``engine="torch"`` on CPU, training yields the bits that SB3's does.
+
+    A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``, or a policy class
+    :param env: a Gymnasium environment, a ``VecEnv``, or the name of a registered environment
+    :param learning_rate: Adam's step size, at least 0; or a schedule
+    :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
+    :param batch_size: transitions per minibatch, at least 2 if advantages are normalised
+    :param n_epochs: passes over a rollout per update
+    :param gamma: discount factor, in [0, 1]
+    :param gae_lambda: bias (0) against variance (1) of the advantages, in [0, 1]
+    :param clip_range: how far the probability ratio may move from 1, above 0; or a schedule
+    :param clip_range_vf: how far a value may move from the old one, above 0; or a schedule; ``None`` for no such limit.
+        It depends on the scale of the rewards.
+    :param normalize_advantage: shift and scale advantages to mean 0 and standard deviation 1 in each minibatch
+    :param ent_coef: weight of the entropy loss; or a schedule
+    :param vf_coef: weight of the value loss, at least 0
+    :param max_grad_norm: 2-norm that a gradient is scaled down to, above 0
+    :param use_sde: explore with generalized state-dependent noise (gSDE) instead of independent noise; Box actions only
+    :param sde_sample_freq: steps between new gSDE noise matrices; -1 for one per rollout
+    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`
+    :param rollout_buffer_kwargs: more arguments for the rollout buffer
+    :param target_kl: end an update when a minibatch's approximate KL (nats) exceeds 1.5 times it, above 0; ``None`` for never
+    :param stats_window_size: episodes that logged means are taken over
+    :param tensorboard_log: folder for TensorBoard's logs; ``None`` for none
+    :param policy_kwargs: more arguments for the policy
+    :param verbose: 0 prints nothing, 1 progress and choices, 2 details
+    :param seed: seed of all random generators, the environments' included; ``None`` leaves them as they are
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
+    :param _init_setup_model: whether to build the networks now
+    :param engine: ``"torch"``, the reference, or ``"auto"``, the fastest that supports the policy
+    :raises TypeError: for an argument of the wrong type
+    :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+        "SharedMlpPolicy": SharedMlpPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float | Schedule = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        engine: str = "auto",
+    ):
+        check_device(device)
+        check_integer("stats_window_size", stats_window_size, 1)
+        if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+            raise TypeError(f"policy must be the name of a policy or a policy class, not {policy!r}")
+        if hasattr(env, "observation_space"):  # before SB3's wrappers stumble over it
+            check_observation_space(env.observation_space)
+        with errors_for_assertions("env"):
+            super().__init__(
+                policy,
+                env,
+                learning_rate=learning_rate,
+                n_steps=n_steps,
+                gamma=gamma,
+                gae_lambda=gae_lambda,
+                ent_coef=ent_coef,  # type: ignore[arg-type]  # stored as it is, and resolved for each update
+                vf_coef=vf_coef,
+                max_grad_norm=max_grad_norm,
+                use_sde=use_sde,
+                sde_sample_freq=sde_sample_freq,
+                rollout_buffer_class=rollout_buffer_class,
+                rollout_buffer_kwargs=rollout_buffer_kwargs,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                policy_kwargs=policy_kwargs,
+                verbose=verbose,
+                device=device,
+                seed=seed,
+                _init_setup_model=False,
+            )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.engine = engine
+        self._engine: Engine | None = None
+        if _init_setup_model:
+            self._setup_model()
+            self._check_rollout_size()
+
+    # ------------------------------------------------------------------ set-up
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            names = ", ".join(map(repr, self.policy_aliases))
+            raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
+        return self.policy_aliases[policy_name]
+
+    def _setup_model(self) -> None:
+        """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
+        self._check_arguments()
+        self._setup_lr_schedule()
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+        self.set_random_seed(self.seed)
+        with errors_for_assertions(f"policy {self.policy_class.__name__}"):
+            policy = self.policy_class(
+                self.observation_space,
+                self.action_space,
+                self.lr_schedule,
+                use_sde=self.use_sde,
+                **self.policy_kwargs,
+            )
+        self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
+        self.__dict__.pop("rollout_buffer", None)
+        self._engine = None
+        make_engine(self.engine, self.policy)
+        for mlp_policy in (MlpPolicy, SharedMlpPolicy):
+            self._maybe_recommend_cpu(mlp_policy.__name__)
+
+    def _check_arguments(self) -> None:
+        if not hasattr(self, "observation_space"):
+            raise ValueError("env must be an environment or the name of one, not None (only load() can do without)")
+        check_observation_space(self.observation_space)
+        check_action_space(self.action_space)
+        reads_dicts = self.policy_class is not SharedMlpPolicy or "features_extractor_class" in self.policy_kwargs
+        if isinstance(self.observation_space, spaces.Dict) and not reads_dicts:
+            raise ValueError("policy must be 'MultiInputPolicy' for a Dict observation space, not 'SharedMlpPolicy'")
+        check_flag("normalize_advantage", self.normalize_advantage)
+        check_integer("n_steps", self.n_steps, 1)
+        check_integer("n_epochs", self.n_epochs, 1)
+        normalizing = ", since one advantage alone cannot be normalized (normalize_advantage=True)"
+        check_integer("batch_size", self.batch_size, *((2, math.inf, normalizing) if self.normalize_advantage else (1,)))
+        check_scheduled("learning_rate", self.learning_rate, 0.0)
+        check_number("gamma", self.gamma, 0.0, 1.0)
+        check_number("gae_lambda", self.gae_lambda, 0.0, 1.0)
+        check_scheduled("clip_range", self.clip_range, 0.0, above=True)
+        if self.clip_range_vf is not None:
+            check_scheduled("clip_range_vf", self.clip_range_vf, 0.0, above=True)
+        check_scheduled("ent_coef", self.ent_coef)
+        check_number("vf_coef", self.vf_coef, 0.0)
+        check_number("max_grad_norm", self.max_grad_norm, 0.0, above=True, finite=False)
+        check_integer("sde_sample_freq", self.sde_sample_freq, -1)
+        if self.target_kl is not None:
+            check_number("target_kl", self.target_kl, 0.0, above=True, finite=False)
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0, 2**32 - 1)
+        if self.engine not in ENGINE_NAMES:
+            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
+        buffer_class = self.rollout_buffer_class
+        if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
+            raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
+
+    def _check_rollout_size(self) -> None:
+        """Not on ``load``: whoever loads a model to watch it gives it one environment, and never trains it."""
+        size = self.n_steps * self.n_envs
+        if size == 1 and self.normalize_advantage:
+            raise ValueError(
+                "n_steps * n_envs must be at least 2, since one advantage alone cannot be normalized "
+                f"(normalize_advantage=True), not n_steps={self.n_steps} times n_envs={self.n_envs}"
+            )
+        if size % self.batch_size > 0:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide the rollout of n_steps * n_envs = {size} transitions "
+                f"(n_steps={self.n_steps}, n_envs={self.n_envs}): after every {size // self.batch_size} full ones "
+                f"there will be a truncated mini-batch of size {size % self.batch_size}",
+                stacklevel=3,
+            )
+
+    @cached_property
+    def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
+        """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
+        buffer_class = self.rollout_buffer_class
+        if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
+            buffer_class = ScratchRolloutBuffer
+        return buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+
+    def _current_engine(self) -> Engine:
+        """The engine for the policy as it is now: users may replace ``policy`` or change ``engine``."""
+        if self._engine is None or self._engine.policy is not self.policy:
+            self._engine = make_engine(self.engine, self.policy)
+            if self.verbose >= 1:
+                print(f"Using the {self._engine.name} engine")
+        return self._engine
+
+    # ------------------------------------------------------- rollout and update
+
+    def learn(
+        self: SelfScratchPPO,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1,
+        tb_log_name: str = "ScratchPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfScratchPPO:
+        """
+        Train: collect a rollout, update the policy on it, log both, until ``total_timesteps`` steps are done.
+
+        :param total_timesteps: environment steps, over all environments; the last rollout may overshoot it
+        :param callback: one or several of SB3's callbacks, or a function of ``(locals, globals)``
+        :param log_interval: iterations per logged row (the last one is always logged); ``None`` for no log
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: whether steps count from 0; if not, ``total_timesteps`` come on top of those done
+        :param progress_bar: show one (needs tqdm and rich)
+        :return: the model
+        """
+        check_number("total_timesteps", total_timesteps, 0.0, finite=False)
+        if log_interval is not None:
+            check_integer("log_interval", log_interval, 1)
+        if float(total_timesteps).is_integer():
+            total_timesteps = int(total_timesteps)
+        iteration = 0
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps,
+            callback,
+            reset_num_timesteps,
+            tb_log_name,
+            progress_bar,
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None  # _setup_learn has reset it
+
+        logged = True
+        while self.num_timesteps < total_timesteps:
+            start = time.perf_counter()
+            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
+                break
+            collected = time.perf_counter()
+            iteration += 1
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            self.train()
+            self.logger.record("time/rollout_seconds", collected - start)
+            self.logger.record("time/update_seconds", time.perf_counter() - collected)
+            logged = log_interval is None or iteration % log_interval == 0
+            if log_interval is not None and logged:
+                self.dump_logs(iteration)
+        if not logged:
+            self.dump_logs(iteration)
+        callback.on_training_end()
+        return self
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
+        return super()._setup_learn(*args, **kwargs)
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Step the environments with the current policy and fill the buffer, advantages and returns included.
+
+        The local variables keep SB3's names, for callbacks read them.
+
+        :param env: the training environments
+        :param callback: called at every step, and before and after the rollout
+        :param rollout_buffer: buffer to fill, of ``n_rollout_steps`` steps
+        :param n_rollout_steps: steps per environment
+        :return: whether the rollout is complete; not so if the callback ended training
+        """
+        assert self._last_obs is not None, "learn() resets the environments first"
+        assert self._last_episode_starts is not None
+        engine = self._current_engine()
+        keeps_dist_params = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        engine.begin_rollout()
+        self.policy.set_training_mode(False)
+        n_steps = 0
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # asserted above
+            actions, values, log_probs, dist_params = engine.act(obs_tensor)
+            clipped_actions = to_env_actions(actions, self.action_space, self.policy)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            n_steps += 1
+
+            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
+            step = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
+            rollout_buffer.add(*step, *((dist_params,) if keeps_dist_params else ()))  # type: ignore[arg-type]  # dict obs
+            self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
+            self._last_episode_starts = dones
+
+        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]  # as above
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _value_of(self, observation: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
+        """Value of one unbatched observation, shape ``[1]``."""
+        return self._current_engine().predict_values(self.policy.obs_to_tensor(observation)[0])[0]
+
+    def train(self) -> None:
+        """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
+        config = self._update_config()
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        learning_rate = self.policy.optimizer.param_groups[0]["lr"]
+        resolve_schedule("learning_rate", learning_rate, self._current_progress_remaining)
+        stats = self._current_engine().update(self.rollout_buffer, config)
+        self._n_updates += stats.epochs
+        self._record(stats, config)
+
+    def _update_config(self) -> UpdateConfig:
+        progress = self._current_progress_remaining
+        clip_range_vf = self.clip_range_vf
+        return UpdateConfig(
+            batch_size=self.batch_size,
+            n_epochs=self.n_epochs,
+            clip_range=resolve_schedule("clip_range", self.clip_range, progress),
+            clip_range_vf=None if clip_range_vf is None else resolve_schedule("clip_range_vf", clip_range_vf, progress),
+            normalize_advantage=self.normalize_advantage,
+            ent_coef=resolve_schedule("ent_coef", self.ent_coef, progress, low=-math.inf),
+            vf_coef=self.vf_coef,
+            max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
+        )
+
+    def _record(self, stats: UpdateStats, config: UpdateConfig) -> None:
+        metrics = stats.metrics()
+        if stats.stopped_early and self.verbose >= 1:
+            print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
+        for key, value in metrics.items():
+            self.logger.record(f"train/{key}", value)
+        buffer = self.rollout_buffer
+        self.logger.record("train/explained_variance", explained_variance(_in_order(buffer.values), _in_order(buffer.returns)))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", config.clip_range)
+        if config.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", config.clip_range_vf)
+        if callable(self.ent_coef):
+            self.logger.record("train/ent_coef", config.ent_coef)
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
+            raise ValueError(
+                f"the update's loss or gradient is not finite (train/loss={metrics['loss']}, train/grad_norm="
+                f"{metrics.get('grad_norm')}): check observations and rewards for NaN and for very large values, and try a "
+                "lower learning_rate"
+            )
+
+    # ------------------------------------------------------------------ saving
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Continue on another environment, of the same spaces and the same number of environments.
+
+        :param env: a Gymnasium environment or a ``VecEnv``
+        :param force_reset: whether to reset it before training goes on
+        :raises ValueError: if its spaces or its number do not match the model's
+        """
+        with errors_for_assertions("env"):
+            super().set_env(env, force_reset=force_reset)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_engine"]
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    """A buffer's ``[n_steps, n_envs]`` array, flat and environment-major: sums depend on the order of their terms."""
+    return array.swapaxes(0, 1).ravel()

@@ -1,0 +1,58 @@
+"""Between the policy and the environments: the action an environment gets, and the value behind a time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+__all__ = ["bootstrap_time_limits", "to_env_actions"]
+
+
+def to_env_actions(actions: np.ndarray, action_space: spaces.Space, policy: ActorCriticPolicy) -> np.ndarray:
+    """
+    The actions to step the environments with: within a Box's bounds, unchanged for any other space.
+
+    A squashed policy's actions lie in [-1, 1] and are scaled to the bounds; a Gaussian's are unbounded and get clipped.
+    The buffer keeps ``actions`` as they were sampled, for those have the log-probability that the policy reported.
+
+    :param actions: ``[n_envs, *action_shape]``
+    :param action_space: the environments' action space
+    :param policy: for ``squash_output`` and ``unscale_action``
+    :return: ``[n_envs, *action_shape]``
+    """
+    if not isinstance(action_space, spaces.Box):
+        return actions
+    if policy.squash_output:
+        return policy.unscale_action(actions)
+    return np.clip(actions, action_space.low, action_space.high)
+
+
+def bootstrap_time_limits(
+    rewards: np.ndarray,
+    dones: np.ndarray,
+    infos: list[dict[str, Any]],
+    predict_value: Callable[[Any], Any],
+    gamma: float,
+) -> None:
+    r"""
+    Where an episode was cut by a time limit, add what would have followed, in place:
+    :math:`r_t \leftarrow r_t + \gamma V(s_{final})`.
+
+    The value is of the *final* observation (``infos[i]["terminal_observation"]``), never of the one that the environment
+    was reset to; advantages are cut there all the same (SB3 issues 633 and 651). One environment at a time, as SB3 does: a
+    batched call may round differently.
+
+    :param rewards: ``[n_envs]``, changed in place
+    :param dones: ``[n_envs]``
+    :param infos: one dict per environment, as ``VecEnv.step`` returns them
+    :param predict_value: from one unbatched observation to its value, shape ``[1]``
+    :param gamma: discount factor
+    """
+    for index in np.flatnonzero(dones):
+        final_observation = infos[index].get("terminal_observation")
+        if final_observation is not None and infos[index].get("TimeLimit.truncated", False):
+            rewards[index] += gamma * predict_value(final_observation)

@@ -1,0 +1,124 @@
+"""What an environment is given, and the value behind a time limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import ConstantSchedule
+
+from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from tests.envs import ClockEnv
+
+ASYMMETRIC = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
+
+
+def make_policy(action_space: spaces.Space, **kwargs: Any) -> MlpPolicy:
+    return MlpPolicy(spaces.Box(-1, 1, (2,)), action_space, ConstantSchedule(1e-3), **kwargs)
+
+
+def test_gaussian_actions_are_clipped_and_left_as_they_were() -> None:
+    actions = np.array([[-3.0, 0.7], [0.5, 0.25]], np.float32)
+    given = to_env_actions(actions, ASYMMETRIC, make_policy(ASYMMETRIC))
+    assert given.tolist() == [[-2.0, 0.5], [0.5, 0.25]]
+    assert actions[0].tolist() == pytest.approx([-3.0, 0.7])
+
+
+def test_squashed_actions_are_scaled_to_the_bounds() -> None:
+    policy = make_policy(ASYMMETRIC, use_sde=True, squash_output=True)
+    given = to_env_actions(np.array([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]], np.float32), ASYMMETRIC, policy)
+    assert given.tolist() == [[-2.0, 0.0], [1.0, 0.5], [-0.5, 0.25]]
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)])
+def test_other_actions_pass_unchanged(space: spaces.Space) -> None:
+    actions = np.stack([space.sample() for _ in range(4)])
+    assert to_env_actions(actions, space, make_policy(space)) is actions
+
+
+def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -> None:
+    """Trap 1, and trap 2: one call per environment, with its unbatched observation."""
+    final = np.array([7.0])
+    infos = [
+        {"terminal_observation": final, "TimeLimit.truncated": True},
+        {"terminal_observation": final, "TimeLimit.truncated": False},
+        {"TimeLimit.truncated": True},
+        {},
+        {"terminal_observation": 2 * final, "TimeLimit.truncated": True},
+    ]
+    asked: list[float] = []
+
+    def value(observation: np.ndarray) -> th.Tensor:
+        asked.append(float(observation[0]))
+        return 10 * th.from_numpy(observation)
+
+    rewards = np.ones(5)
+    bootstrap_time_limits(rewards, np.array([True, True, True, False, True]), infos, value, gamma=0.5)
+    assert rewards.tolist() == [36.0, 1.0, 1.0, 1.0, 71.0]
+    assert asked == [7.0, 14.0]
+
+
+def clock_model(truncated: bool, **kwargs: Any) -> tuple[ScratchPPO, ClockEnv]:
+    """On episodes of 3 steps; the critic's value of an observation is 100 times it."""
+    env = ClockEnv(3, truncated)
+    model = ScratchPPO("MlpPolicy", env, n_steps=7, batch_size=7, n_epochs=1, gamma=0.5, seed=1, device="cpu", **kwargs)
+    return model, env
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_trap_1_in_a_whole_rollout(truncated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 1: the final observation is 0.53; the one before it 0.52, the reset's 0.5."""
+    model, _ = clock_model(truncated, policy_kwargs={"net_arch": []})
+    with th.no_grad():
+        model.policy.value_net.weight.fill_(100.0)
+        model.policy.value_net.bias.zero_()
+    monkeypatch.setattr(model, "train", lambda: None)
+    model.learn(7)
+    last = 1 + 0.5 * 53 if truncated else 1.0
+    assert model.rollout_buffer.rewards[:, 0].tolist() == pytest.approx([1, 1, last, 1, 1, last, 1])
+    assert model.rollout_buffer.episode_starts[:, 0].tolist() == [1, 0, 0, 1, 0, 0, 1]
+    # GAE is cut there all the same: that step's advantage is its reward minus its value
+    assert model.rollout_buffer.advantages[2, 0] == pytest.approx(last - 52, rel=1e-5)
+
+
+def test_trap_6_the_buffer_keeps_the_unclipped_action() -> None:
+    """Trap 6: an action space of +-0.1 under a standard deviation of 1 clips nearly every action."""
+    model, env = clock_model(True)
+    model.learn(7)
+    stored = model.rollout_buffer.actions[:, 0, 0]
+    assert np.abs(stored).max() > 0.1
+    assert env.actions == pytest.approx(np.clip(stored, -0.1, 0.1).tolist())
+
+
+def test_trap_6_the_log_probability_is_that_of_the_stored_action(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 6: evaluating what the buffer holds with the policy that acted gives the log-probabilities it holds."""
+    model, _ = clock_model(True)
+    monkeypatch.setattr(model, "train", lambda: None)
+    model.learn(7)
+    data = model.rollout_buffer.dataset()
+    with th.no_grad():
+        _, log_prob, _ = model.policy.evaluate_actions(data.observations, data.actions)
+    th.testing.assert_close(log_prob, data.old_log_prob)
+
+
+def test_episodes_go_on_from_one_rollout_to_the_next() -> None:
+    model = ScratchPPO("MlpPolicy", make_vec_env(lambda: ClockEnv(5), 1), n_steps=4, batch_size=4, n_epochs=1, device="cpu")
+    model.learn(8)
+    assert model.rollout_buffer.observations[:, 0, 0].tolist() == pytest.approx([0.54, 0.5, 0.51, 0.52])
+    assert model.rollout_buffer.episode_starts[:, 0].tolist() == [0, 1, 0, 0]
+
+
+def test_an_episode_that_ends_with_the_rollout_hides_the_next_ones_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The observation after the last step is the next episode's first; a constant critic of 7 must not leak from it."""
+    model = ScratchPPO("MlpPolicy", ClockEnv(3, False), n_steps=6, batch_size=6, n_epochs=1, gamma=0.5, device="cpu")
+    with th.no_grad():
+        model.policy.value_net.weight.zero_()
+        model.policy.value_net.bias.fill_(7.0)
+    monkeypatch.setattr(model, "train", lambda: None)
+    model.learn(6)
+    assert model.rollout_buffer.advantages[[2, 5], 0].tolist() == [1.0 - 7.0] * 2

@@ -1,0 +1,341 @@
+"""rl-zoo3 with ``--algo scratch_ppo``: the real command line, started as a process."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_ppo_from_scratch.zoo import SCRIPTS, hyperparams_file
+
+pytest.importorskip("rl_zoo3", reason="the zoo is optional: pip install 'sb3-ppo-from-scratch[zoo]'")
+
+ROOT = Path(__file__).resolve().parents[1]
+CARTPOLE = ("--algo", "scratch_ppo", "--env", "CartPole-v1")
+BREAKOUT = ("--algo", "scratch_ppo", "--env", "BreakoutNoFrameskip-v4")
+ENGINE = ("-params", "engine:'torch'")
+
+
+def python(*arguments, cwd, status=0, path=(), **environment):
+    """Start Python, and return what it printed. It finds the package and ``path``, and no display."""
+    inherited = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
+    search = os.pathsep.join(map(str, [*path, ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**inherited, "PYTHONPATH": search, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == status, result.stdout
+    return result.stdout
+
+
+def zoo(*arguments, **kwargs):
+    return python("-m", "sb3_ppo_from_scratch.zoo", *arguments, **kwargs)
+
+
+def frames(video):
+    """The frames of a video as bytes, decoded to the last."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    reader = imageio_ffmpeg.read_frames(str(video))
+    next(reader)  # the description
+    return list(reader)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """The zoo's log folder, with a run on CartPole-v1 in it."""
+    folder = tmp_path_factory.mktemp("zoo") / "logs"
+    zoo("train", *CARTPOLE, "--n-timesteps", 20000, "--seed", 1, "-f", folder, "--save-freq", 20000, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def normalized(logs):
+    """The folder of a run with VecNormalize, in processes of its own, with everything that ``train`` can write."""
+    options = ("--save-freq", 128, "--eval-freq", 128, "--eval-episodes", 1, "--vec-env", "subproc", "--progress", "-tb", "tb")
+    printed = zoo("train", *CARTPOLE, "-n", 256, "-f", logs / "vec", *options, *ENGINE, "n_envs:2", "normalize:True", cwd=logs)
+    assert "Using the torch engine" in printed
+    return logs / "vec" / "scratch_ppo" / "CartPole-v1_1"
+
+
+@pytest.fixture(scope="module")
+def breakout(logs):
+    """The folder of a short run on Breakout."""
+    pytest.importorskip("ale_py")
+    zoo("train", *BREAKOUT, "-n", 4096, "-f", logs, cwd=logs)
+    return logs / "scratch_ppo" / "BreakoutNoFrameskip-v4_1"
+
+
+@pytest.fixture
+def ffmpeg_path(tmp_path):
+    """A PATH with ffmpeg and python in it, which the zoo calls by these names."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    (tmp_path / "ffmpeg").symlink_to(shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe())
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+# ---------------------------------------------------- registration and arguments
+
+
+def test_importing_the_package_leaves_the_zoo_alone(tmp_path):
+    check = "import sys, sb3_ppo_from_scratch, sb3_ppo_from_scratch.zoo; assert 'rl_zoo3' not in sys.modules"
+    python("-c", check, cwd=tmp_path)
+
+
+def test_register_adds_to_the_shared_tables_and_touches_nothing_else(tmp_path):
+    check = """
+from rl_zoo3 import ALGOS, exp_manager, hyperparams_opt, train
+from sb3_ppo_from_scratch import ScratchPPO, zoo
+
+tables = (ALGOS, hyperparams_opt.HYPERPARAMS_SAMPLER, hyperparams_opt.HYPERPARAMS_CONVERTER)
+before = [dict(table) for table in tables]
+zoo.register()
+zoo.register()
+ours = [table.pop("scratch_ppo") for table in tables]
+assert ours == [ScratchPPO, zoo.sample_params, tables[2]["ppo"]]
+assert [dict(table) for table in tables] == before
+assert train.ALGOS is exp_manager.ALGOS is ALGOS
+assert exp_manager.HYPERPARAMS_SAMPLER is tables[1]
+"""
+    python("-c", check, cwd=tmp_path)
+
+
+def test_help_lists_every_script(tmp_path):
+    printed = zoo("--help", cwd=tmp_path)
+    assert list(SCRIPTS) == [line.split()[0] for line in printed.split("scripts:\n")[1].splitlines()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["trian"], ["train", "--algo", "scratchppo"], ["enjoy", "--algo=scratch-ppo"]],
+)
+def test_an_unknown_script_or_algorithm_gets_one_line_and_status_2(arguments, tmp_path):
+    printed = zoo(*arguments, cwd=tmp_path, status=2)
+    assert printed.count("\n") == 1
+    assert arguments[-1].split("=")[-1] in printed
+
+
+def test_there_are_hyperparameters_for_every_environment_of_the_zoo():
+    theirs = yaml.safe_load((Path(importlib.util.find_spec("rl_zoo3").origin).parent / "hyperparams" / "ppo.yml").read_text())
+    text = hyperparams_file().read_text()
+    ours = yaml.safe_load(text)
+    assert set(ours) == set(theirs)
+    if f"rl_zoo3 {version('rl_zoo3')}," in text:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("given", [(), ("-conf", "mine.yml"), ("--conf-file=mine.yml",)])
+def test_our_hyperparameters_are_used_unless_others_are_given(given, tmp_path):
+    (tmp_path / "mine.yml").write_text("CartPole-v1: {n_timesteps: 64, policy: MlpPolicy, n_steps: 64}")
+    printed = python("-m", "sb3_ppo_from_scratch.train", *CARTPOLE, *given, "-n", 64, "--eval-freq", -1, cwd=tmp_path)
+    assert f"Loading hyperparameters from: {'mine.yml' if given else hyperparams_file()}\n" in printed
+    assert (tmp_path / "logs" / "scratch_ppo" / "CartPole-v1_1" / "CartPole-v1.zip").is_file()
+
+
+# ------------------------------------------------------------- train and enjoy
+
+
+def test_a_trained_agent_is_enjoyed(logs):
+    printed = zoo("enjoy", *CARTPOLE, "-f", logs, "--no-render", "-n", 1000, cwd=logs)
+    mean = float(printed.split("Mean reward: ")[1].split()[0])
+    assert mean > 100  # an untrained agent gets about 9
+
+
+def saved(folder, algo, env):
+    path = folder / algo / f"{env}_1"
+    parameters = load_from_zip_file(path / f"{env}.zip")[1]
+    statistics = path / env / "vecnormalize.pkl"
+    return parameters, statistics.read_bytes() if statistics.exists() else b""
+
+
+@pytest.mark.parametrize(
+    ("env", "n_steps"),
+    [("CartPole-v1", 32), ("Pendulum-v1", 256), ("MountainCar-v0", 16)],
+    ids=["plain", "gSDE", "VecNormalize"],
+)
+def test_the_zoos_ppo_and_ours_end_with_identical_parameters(env, n_steps, tmp_path):
+    options = ("--env", env, "-n", 2048, "--seed", 3, "-f", tmp_path, "--eval-freq", -1, "-params", f"n_steps:{n_steps}")
+    zoo("train", "--algo", "ppo", *options, cwd=tmp_path)
+    zoo("train", "--algo", "scratch_ppo", *options, ENGINE[1], cwd=tmp_path)
+    (theirs, their_statistics), (ours, our_statistics) = (saved(tmp_path, algo, env) for algo in ("ppo", "scratch_ppo"))
+    assert list(ours["policy"]) == list(theirs["policy"])
+    for name, parameter in theirs["policy"].items():
+        assert np.array_equal(ours["policy"][name], parameter), name
+    assert ours["policy.optimizer"]["param_groups"] == theirs["policy.optimizer"]["param_groups"]
+    assert our_statistics == their_statistics
+    assert bool(our_statistics) == (env == "MountainCar-v0")
+
+
+def test_training_writes_checkpoints_evaluations_statistics_and_tensorboard(normalized):
+    written = {str(path.relative_to(normalized)) for path in normalized.rglob("*.*")}
+    assert {"CartPole-v1.zip", "rl_model_128_steps.zip", "rl_model_256_steps.zip", "best_model.zip"} <= written
+    assert {"evaluations.npz", "CartPole-v1/vecnormalize.pkl", "0.monitor.csv", "1.monitor.csv"} <= written
+    assert list((normalized.parents[2] / "tb").rglob("CartPole-v1/ScratchPPO_1/events*"))
+    config = yaml.unsafe_load((normalized / "CartPole-v1" / "config.yml").read_text())
+    assert (config["engine"], config["normalize"], config["n_epochs"]) == ("torch", True, 20)
+
+
+def test_training_resumes_with_its_statistics(normalized):
+    model = normalized / "CartPole-v1.zip"
+    hyperparams = (*ENGINE, "n_envs:2", "normalize:True", "n_epochs:3")
+    printed = zoo("train", *CARTPOLE, "-n", 64, "-f", normalized / "more", "-i", model, *hyperparams, cwd=normalized)
+    assert "Loading pretrained agent" in printed
+    assert "Loading saved VecNormalize stats" in printed
+    data, parameters, _ = load_from_zip_file(normalized / "more" / "scratch_ppo" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert data["n_epochs"] == 3
+    updates = load_from_zip_file(model)[1]["policy.optimizer"]["state"][0]["step"]
+    assert parameters["policy.optimizer"]["state"][0]["step"] == updates + 3
+
+
+def test_a_checkpoint_is_enjoyed_with_its_statistics(normalized):
+    options = ("-f", normalized.parents[1], "--load-checkpoint", 128, "--no-render", "-n", 600)  # an episode of CartPole ends within 500
+    printed = zoo("enjoy", *CARTPOLE, *options, cwd=normalized)
+    assert "Loading running average" in printed
+    assert "Mean reward" in printed
+
+
+@pytest.mark.slow
+def test_a_full_run_on_cartpole_reaches_the_highest_score_in_the_zoos_benchmark(tmp_path):
+    zoo("train", *CARTPOLE, "--seed", 1, "-f", tmp_path, "--eval-freq", -1, *ENGINE, cwd=tmp_path)
+    options = ("--log-dir", tmp_path, "--benchmark-dir", tmp_path / "benchmark", "-n", 10000, "--no-hub")
+    zoo("benchmark", *options, "--num-threads", 1, cwd=tmp_path)
+    table = [line.replace(" ", "") for line in (tmp_path / "benchmark.md").read_text().splitlines()]
+    assert "|scratch_ppo|CartPole-v1|500|0|100k|10000|20|" in table
+
+
+@pytest.mark.slow
+def test_breakout_is_trained_and_enjoyed(breakout):
+    printed = zoo("enjoy", *BREAKOUT, "-f", breakout.parents[1], "--no-render", "-n", 300, cwd=breakout)
+    assert "Stacking 4 frames" in printed
+    assert "Atari Episode Score" in printed
+
+
+# ------------------------------------------------------------- search for hyperparameters
+
+
+@pytest.mark.slow
+def test_optimize_finishes_and_its_trials_can_be_trained(tmp_path):
+    storage = ("--storage", "sqlite:///studies.db", "--study-name", "cartpole")
+    options = ("-n", 256, "--seed", 7, "-f", "logs", "--eval-episodes", 1)
+    search = ("-optimize", "--n-trials", 3, "--pruner", "none", "--no-optim-plots")
+    printed = zoo("train", *CARTPOLE, *search, *storage, *options, "-params", "n_envs:1", cwd=tmp_path)
+    assert "Number of finished trials:  3" in printed
+    (report,) = (tmp_path / "logs" / "scratch_ppo").glob("report_CartPole-v1_3-trials-256-tpe-none_*.csv")
+    header, *trials = report.read_text().splitlines()
+    assert len(trials) == 3
+    assert {"params_vf_coef", "params_target_kl", "params_normalize_advantage"} <= set(header.split(","))
+    trial = trials[1].split(",")
+    assert trial[-1] == "COMPLETE"
+
+    printed = zoo("train", *CARTPOLE, *storage, *options, "--trial-id", 1, "-params", "n_envs:1", "n_epochs:1", cwd=tmp_path)
+    assert "Loading from Optuna study" in printed
+    run = max((tmp_path / "logs" / "scratch_ppo").glob("CartPole-v1_*"), key=lambda path: int(path.name.split("_")[1]))
+    data = load_from_zip_file(run / "CartPole-v1.zip")[0]
+    values = dict(zip(header.split(","), trial, strict=True))
+    assert data["vf_coef"] == float(values["params_vf_coef"])
+    assert data["gamma"] == 1 - float(values["params_one_minus_gamma"])
+    assert data["batch_size"] == 2 ** int(values["params_batch_size_pow"])
+
+
+# ------------------------------------------------------------- videos and plots
+
+
+def test_a_video_of_cartpole_can_be_played(logs):
+    zoo("record_video", *CARTPOLE, "-f", logs, "-n", 60, "-o", logs / "cartpole", cwd=logs)
+    (video,) = (logs / "cartpole").glob("final-model-scratch_ppo-CartPole-v1-*.mp4")
+    decoded = frames(video)
+    assert len(decoded) >= 60
+    assert len(set(decoded)) > 30
+
+
+@pytest.mark.slow
+def test_a_video_of_breakout_can_be_played(breakout):
+    zoo("record_video", *BREAKOUT, "-f", breakout.parents[1], "-n", 60, cwd=breakout)
+    (video,) = (breakout / "videos").glob("*.mp4")
+    decoded = frames(video)
+    assert len(decoded) >= 60
+    assert len(set(decoded)) > 10
+    assert max(decoded[0]) > 100  # not a black screen
+
+
+@pytest.mark.slow
+def test_the_training_is_recorded_from_its_checkpoints(logs, ffmpeg_path):
+    zoo("record_training", *CARTPOLE, "-f", logs, "-n", 20, "-o", logs / "training", cwd=logs, PATH=ffmpeg_path)
+    names = {path.name.split("-scratch_ppo")[0] for path in (logs / "training").glob("*.mp4")}
+    assert names == {"checkpoint-20000", "final-model", "training.mp4"}
+    assert len(frames(logs / "training" / "training.mp4")) > 40  # two recordings
+
+
+def test_plots(logs, tmp_path):
+    pytest.importorskip("seaborn")
+    zoo("plot_train", "--algo", "scratch_ppo", "-e", "CartPole", "-f", logs, cwd=tmp_path)
+    for run in (1, 2):
+        folder = tmp_path / "scratch_ppo" / f"CartPole-v1_{run}"
+        folder.mkdir(parents=True)
+        results = np.array([[90.0 + run, 91.0 + run], [100.0 + run, 101.0 + run]])
+        np.savez(folder / "evaluations.npz", timesteps=np.array([100, 200]), results=results)
+    gather = ("-a", "scratch_ppo", "-e", "CartPole-v1", "-f", tmp_path, "-l", "ours")
+    printed = zoo("all_plots", *gather, "--no-million", "--no-display", "-o", "gathered", cwd=tmp_path)
+    assert "SCRATCH_PPO" in printed  # the zoo prints names in capitals and looks for folders in lower case
+    assert "|CartPole-v1 |102 +/- 0  |" in printed  # the last evaluations: 101, 102 and 102, 103
+    zoo("plot_from_file", "-i", "gathered", "-o", "plot.svg", cwd=tmp_path)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+# ------------------------------------------------------------- Hugging Face Hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_statistics", [False, True])
+def test_a_model_goes_to_the_hub_and_back(with_statistics, logs, normalized, ffmpeg_path, tmp_path):
+    folder = normalized.parents[1] if with_statistics else logs
+    hub = {
+        "cwd": tmp_path,
+        "path": [ROOT / "tests" / "fake_hub"],
+        "FAKE_HUB": str(tmp_path / "hub"),
+        "TRUST_REMOTE_CODE": "True",
+        "PATH": ffmpeg_path,
+    }
+    (tmp_path / "hub").mkdir()
+    zoo("push_to_hub", *CARTPOLE, "-f", folder, "-orga", "us", "-n", 30, **hub)
+    zoo("load_from_hub", *CARTPOLE, "-f", "logs", "-orga", "us", **hub)
+    sent, received = (path / "scratch_ppo" / "CartPole-v1_1" for path in (folder, tmp_path / "logs"))
+    ours, theirs = (load_from_zip_file(path / "CartPole-v1.zip")[1]["policy"] for path in (sent, received))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    printed = zoo("enjoy", *CARTPOLE, "-f", "logs", "--no-render", "-n", 100, **hub)
+    assert ("Loading running average" in printed) == with_statistics
+
+    repository = tmp_path / "hub" / "us" / "scratch_ppo-CartPole-v1"
+    assert (repository / "scratch_ppo-CartPole-v1.zip").is_file()
+    assert len(frames(repository / "replay.mp4")) >= 30
+    assert "scratch-zoo load_from_hub --algo scratch_ppo --env CartPole-v1 -orga us" in (repository / "README.md").read_text()
+    listed = python("-c", "from rl_zoo3.utils import get_hf_trained_models; print(get_hf_trained_models('us'))", **hub)
+    assert listed.strip() == "{'scratch_ppo-CartPole-v1': ('scratch_ppo', 'CartPole-v1')}"
+
+
+# ------------------------------------------------------------- installed
+
+
+@pytest.mark.slow
+def test_an_installed_package_finds_its_hyperparameters(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "tests", "benchmarks", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    (source / "README.md").touch()
+    target = tmp_path / "installed"
+    pip = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "--target", target)
+    python(*pip, source, cwd=tmp_path)
+    shutil.rmtree(source)
+    found = "import sb3_ppo_from_scratch.zoo as zoo; print(zoo.hyperparams_file()); assert zoo.hyperparams_file().is_file()"
+    assert python("-c", found, cwd=tmp_path, path=[target]).startswith(str(target))
