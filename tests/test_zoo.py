@@ -199,7 +199,8 @@ def test_training_resumes_with_its_statistics(normalized):
 
 
 def test_a_checkpoint_is_enjoyed_with_its_statistics(normalized):
-    options = ("-f", normalized.parents[1], "--load-checkpoint", 128, "--no-render", "-n", 600)  # an episode of CartPole ends within 500
+    # 600 steps: an episode of CartPole takes at most 500
+    options = ("-f", normalized.parents[1], "--load-checkpoint", 128, "--no-render", "-n", 600)
     printed = zoo("enjoy", *CARTPOLE, *options, cwd=normalized)
     assert "Loading running average" in printed
     assert "Mean reward" in printed
