@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "dataset_of", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 
@@ -231,12 +231,14 @@ def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     target[...] = np.reshape(source, target.shape)
 
 
-def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
-    """
-    How to draw one epoch's minibatches of a given size from ``buffer``.
-
-    Ours builds its data set once per rollout. A class of the user's with a ``get`` of its own keeps the last word.
-    """
+def dataset_of(buffer: RolloutBuffer) -> RolloutData | None:
+    """The rollout's data set, if ``buffer`` is ours; ``None`` for one whose ``get`` is somebody else's: it has the last word."""
     if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
-        return buffer.dataset().minibatches
-    return buffer.get  # type: ignore[return-value]  # SB3's samples have the same first six fields
+        return buffer.dataset()
+    return None
+
+
+def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
+    """How to draw one epoch's minibatches of a given size from ``buffer``. Ours builds its data set once per rollout."""
+    data = dataset_of(buffer)
+    return buffer.get if data is None else data.minibatches  # type: ignore[return-value]  # SB3's samples have the same fields

@@ -5,11 +5,12 @@ from __future__ import annotations
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.numpy_engine import NumpyEngine
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 
 __all__ = ["ENGINE_NAMES", "Engine", "PolicyStep", "UpdateConfig", "make_engine"]
 
-_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (TorchEngine,)}
+_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NumpyEngine, TorchEngine)}
 
 ENGINE_NAMES = ("auto", *_ENGINES)
 

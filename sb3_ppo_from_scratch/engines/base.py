@@ -14,7 +14,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.stats import UpdateStats
 
-__all__ = ["Engine", "PolicyStep", "UpdateConfig"]
+__all__ = ["NAN_MESSAGE", "Engine", "PolicyStep", "UpdateConfig"]
+
+NAN_MESSAGE = (
+    "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
+    "lower learning_rate"
+)
 
 
 class PolicyStep(NamedTuple):

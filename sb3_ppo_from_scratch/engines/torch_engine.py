@@ -19,8 +19,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
-from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, mean_kl
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp, head_gradient
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from sb3_ppo_from_scratch.optimizer import ClippedStep
@@ -30,11 +30,6 @@ __all__ = ["TorchEngine"]
 
 Gradient = tuple[PPOLoss, th.Tensor | None, Callable[[], None]]
 """A minibatch's loss, the parameters of the distribution that it came from, and what fills the parameters' ``grad``."""
-
-_NAN_MESSAGE = (
-    "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
-    "lower learning_rate"
-)
 
 
 class TorchEngine(Engine):
@@ -59,9 +54,9 @@ class TorchEngine(Engine):
         except RuntimeError as error:  # torch.multinomial says it with the most general class
             if "probability tensor" not in str(error):
                 raise
-            raise ValueError(_NAN_MESSAGE) from error
+            raise ValueError(NAN_MESSAGE) from error
         if th.isnan(step.log_probs).any():
-            raise ValueError(_NAN_MESSAGE)
+            raise ValueError(NAN_MESSAGE)
         return step
 
     def _sample(self, obs: PyTorchObs) -> PolicyStep:
@@ -106,7 +101,7 @@ class TorchEngine(Engine):
                     optimizer.zero_grad()
                     backward()
                     stats.add(loss, optimizer.step())
-            stats.kl = self._mean_kl(old_and_new)
+            stats.kl = mean_kl(self.policy.action_dist, old_and_new)
         return stats
 
     def _autograd(self, batch: RolloutData, config: UpdateConfig) -> Gradient:
@@ -134,15 +129,6 @@ class TorchEngine(Engine):
         """Parameters of the distribution that the policy has just made; ``None`` if it keeps none, or an older one."""
         params = distribution_parameters(getattr(self.policy, "action_dist", None))
         return params if params is not None and len(params) == batch_size else None
-
-    @th.no_grad()
-    def _mean_kl(self, old_and_new: list[tuple[th.Tensor, th.Tensor]]) -> th.Tensor | None:
-        """Mean over the minibatches of each one's mean KL, in one call for all of them."""
-        if not old_and_new:
-            return None
-        old, new = (th.cat(params) for params in zip(*old_and_new, strict=True))
-        kl = exact_kl(self.policy.action_dist, old, new)
-        return th.stack([part.mean() for part in kl.split([len(params) for params, _ in old_and_new])]).mean()
 
 
 def _loss_arguments(batch: RolloutData, config: UpdateConfig) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""
+The fast engine for small networks on a CPU: policy step, gradient and Adam written out in NumPy.
+
+Small networks spend their time not in arithmetic but in getting to it. Here a minibatch is some fifty calls of NumPy on arrays
+that share their memory with the policy's own parameters: no graph, no copies, no loop over parameters. The pieces: layers
+(:mod:`.numpy_network`), action distributions (:mod:`.numpy_heads`), loss (:mod:`.numpy_loss`), Adam (:mod:`.flat`). Random
+numbers are drawn as the reference engine draws them, so the two differ by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_ppo_from_scratch.buffer import dataset_of
+from sb3_ppo_from_scratch.distributions import mean_kl
+from sb3_ppo_from_scratch.engines.activations import activation_of
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.inspection import modified_reason
+from sb3_ppo_from_scratch.engines.numpy_heads import BernoulliHead, CategoricalHead, GaussianHead, Head
+from sb3_ppo_from_scratch.engines.numpy_loss import Batch, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_network import ActorCriticNetwork, Layers, parameter_order
+from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
+from sb3_ppo_from_scratch.stats import UpdateStats
+
+__all__ = ["NumpyEngine"]
+
+_ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
+_BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
+_DISTRIBUTIONS = (CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution, DiagGaussianDistribution)
+
+
+class NumpyEngine(Engine):
+    """Closed-form PPO for plain MLP policies with Adam, on one CPU thread."""
+
+    name = "numpy"
+
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        self._attach()
+
+    @classmethod
+    def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
+        """See :meth:`Engine.unsupported_reason`."""
+        if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy):
+            return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
+        if type(policy.action_dist) not in _DISTRIBUTIONS:
+            return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
+        return modified_reason(policy, _BUILT_INS) or _optimizer_reason(policy)
+
+    # ----------------------------------------------------------------- memory
+
+    def begin_rollout(self) -> None:
+        """See :meth:`Engine.begin_rollout`."""
+        layers = layers_of(self.policy)
+        known = self._layers == layers and self._optimizer is self.policy.optimizer
+        if not (known and self._flat.is_current() and self._adam.is_current()):
+            self._attach()
+
+    def _attach(self) -> None:
+        """Lay the parameters and the optimizer's state side by side, and build the network on them."""
+        policy = self.policy
+        self._layers, self._optimizer = layers_of(policy), policy.optimizer
+        order = parameter_order(self._layers)
+        if isinstance(policy.action_dist, DiagGaussianDistribution):
+            order.append(policy.log_std)
+        self._flat = FlatParameters(order)
+        self._adam = FlatAdam(policy.optimizer, self._flat)
+        self._network = ActorCriticNetwork(self._layers, self._flat)
+        self._head = self._make_head()
+
+    def _make_head(self) -> Head:
+        distribution = self.policy.action_dist
+        if isinstance(distribution, CategoricalDistribution):
+            return CategoricalHead([distribution.action_dim])
+        if isinstance(distribution, MultiCategoricalDistribution):
+            return CategoricalHead([int(size) for size in distribution.action_dims])
+        if isinstance(distribution, BernoulliDistribution):
+            return BernoulliHead()
+        log_std, by_log_std = self._flat.arrays(self.policy.log_std)
+        return GaussianHead(log_std[0], by_log_std[0])
+
+    # ---------------------------------------------------------------- rollout
+
+    def act(self, obs: PyTorchObs) -> PolicyStep:
+        """See :meth:`Engine.act`."""
+        head = self._head
+        outputs, values = self._network.forward(self._features(obs))
+        given = head.forward(outputs)
+        actions = head.sample(given)
+        log_prob = head.log_prob(given, head.encode(actions))
+        if not math.isfinite(np.add.reduce(log_prob)):
+            raise ValueError(NAN_MESSAGE)
+        actions = actions.reshape(-1, *self.policy.action_space.shape)  # type: ignore[misc]  # of these spaces it is known
+        params = np.ascontiguousarray(head.parameters(given))
+        return PolicyStep(actions, th.from_numpy(values)[:, None], th.from_numpy(log_prob), th.from_numpy(params))
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """See :meth:`Engine.predict_values`."""
+        return th.from_numpy(self._network.forward(self._features(obs))[1])[:, None]
+
+    def _features(self, obs: PyTorchObs) -> np.ndarray:
+        """``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them; a view where the observations are float32."""
+        space = self.policy.observation_space
+        if not isinstance(space, spaces.Box) or obs.dtype != th.float32:  # type: ignore[union-attr]  # no Dict gets here
+            obs = preprocess_obs(obs, space, normalize_images=self.policy.normalize_images)  # type: ignore[assignment, arg-type]
+        return obs.numpy().reshape(len(obs), -1)  # type: ignore[union-attr]  # likewise
+
+    # ----------------------------------------------------------------- update
+
+    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+        """See :meth:`Engine.update`; the loop is :meth:`TorchEngine.update`'s."""
+        self.begin_rollout()
+        self._flat.publish_gradient()
+        stats = UpdateStats()
+        with np.errstate(all="ignore"):  # as torch does, and leaves it to whoever reads the metrics
+            for minibatches in _epochs(buffer, config.batch_size):
+                old_and_new = self._train_epoch(minibatches, config, stats)
+                if stats.stopped_early or stats.epochs == config.n_epochs:
+                    break
+        stats.kl = mean_kl(self.policy.action_dist, old_and_new)
+        return stats
+
+    def _train_epoch(
+        self, minibatches: Iterable[Batch], config: UpdateConfig, stats: UpdateStats
+    ) -> list[tuple[th.Tensor, th.Tensor]]:
+        """One pass over the data: the distributions' parameters, old and new, of each minibatch."""
+        head, old_and_new = self._head, []
+        stats.begin_epoch()
+        for batch in minibatches:
+            outputs, values = self._network.forward(self._features(th.from_numpy(batch.observations)))
+            given, actions = head.forward(outputs), head.encode(batch.actions)
+            loss, by = ppo_gradient(head.log_prob(given, actions), values, head.entropy(given), batch, config)
+            if batch.dist_params is not None:
+                old_and_new.append((th.from_numpy(batch.dist_params), th.from_numpy(head.parameters(given))))
+            if config.target_kl is not None and loss.approx_kl > 1.5 * config.target_kl:
+                stats.stopped_early = True
+                stats.add(loss)
+                break
+            self._network.backward(head.gradient(given, actions, by.log_prob, by.entropy), by.values)
+            stats.add(loss, self._clip_gradient(config.max_grad_norm))
+            self._adam.step()
+        return old_and_new
+
+    def _clip_gradient(self, max_grad_norm: float) -> float:
+        """Scale the gradient down to that norm, as torch does; returns the norm before."""
+        gradient = self._flat.gradient
+        norm = math.sqrt(np.dot(gradient, gradient))
+        if not math.isfinite(norm):
+            raise ValueError("not finite")
+        scale = max_grad_norm / (norm + 1e-6)
+        if scale < 1:
+            gradient *= scale
+        return norm
+
+
+def _epochs(buffer: RolloutBuffer, batch_size: int) -> Iterator[Iterable[Batch]]:
+    """Epochs without end, each of minibatches. Ours is gathered once per epoch; any other buffer hands out its own."""
+    if own_data := dataset_of(buffer):
+        data = Batch.of(own_data)
+        while True:
+            yield data.shuffled().cut(batch_size)
+    while True:
+        yield map(Batch.of, buffer.get(batch_size))
+
+
+def layers_of(policy: ActorCriticPolicy) -> Layers:
+    """The layers of an ``MlpPolicy`` or a ``SharedMlpPolicy``."""
+    extractor = policy.mlp_extractor
+    if isinstance(extractor, SharedMlpExtractor):
+        return Layers(_pairs(extractor.trunk), [], [], policy.action_net, policy.value_net)  # type: ignore[arg-type]
+    actor, critic = _pairs(extractor.policy_net), _pairs(extractor.value_net)
+    return Layers([], actor, critic, policy.action_net, policy.value_net)  # type: ignore[arg-type]  # nn.Linear, as checked
+
+
+def _pairs(tower: nn.Sequential) -> list[tuple[nn.Linear, nn.Module]]:
+    return list(zip(tower[::2], tower[1::2], strict=True))  # type: ignore[arg-type]  # as SB3 alternates them
+
+
+def _optimizer_reason(policy: ActorCriticPolicy) -> str | None:
+    optimizer = policy.optimizer
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return f"it computes Adam and AdamW, and the optimizer is of type {type(optimizer).__name__}"
+    return None
