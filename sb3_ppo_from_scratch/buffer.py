@@ -226,13 +226,12 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
-    if isinstance(source, th.Tensor):
-        source = source.detach().cpu().numpy()
-    target[...] = np.reshape(source, target.shape)
+    array = source.numpy(force=True) if isinstance(source, th.Tensor) else np.asarray(source)
+    target[...] = array.reshape(target.shape)
 
 
 def dataset_of(buffer: RolloutBuffer) -> RolloutData | None:
-    """The rollout's data set, if ``buffer`` is ours; ``None`` for one whose ``get`` is somebody else's: it has the last word."""
+    """The rollout's data set, if ``buffer`` is ours; ``None`` for a class whose ``get`` is its own: that has the last word."""
     if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
         return buffer.dataset()
     return None

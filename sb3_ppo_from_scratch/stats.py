@@ -24,7 +24,7 @@ class UpdateStats:
     epochs: int = 0
     """Epochs begun; an early stop's own epoch counts, as in SB3."""
     stopped_early: bool = False
-    kl: th.Tensor | None = None
+    kl: th.Tensor | float | None = None
     """Exact KL between old and new policy in nats, the mean over the last epoch's minibatches; ``None`` if not known."""
     _rows: list[tuple[th.Tensor | float, ...]] = field(default_factory=list)
     _last_epoch: int = 0
@@ -62,7 +62,7 @@ class UpdateStats:
         if len(stepped) > 0:
             metrics["grad_norm"] = np.mean(stepped, dtype=np.float64)
         if self.kl is not None:
-            metrics["kl"] = self.kl.item()
+            metrics["kl"] = float(self.kl)
         return metrics
 
 

@@ -56,7 +56,7 @@ NAN = float("nan")
         ("sde_sample_freq", -2, ValueError, "at least -1"),
         ("seed", -1, ValueError, "at least 0"),
         ("seed", 2**32, ValueError, "at most 4294967295"),
-        ("engine", "warp", ValueError, "'auto', 'torch'"),
+        ("engine", "warp", ValueError, "'auto', 'numpy', 'torch'"),
         ("device", "abacus", ValueError, "'cpu'"),
         ("rollout_buffer_class", dict, TypeError, "subclass of RolloutBuffer"),
     ],

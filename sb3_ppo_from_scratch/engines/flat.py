@@ -18,7 +18,7 @@ class FlatParameters:
     :param parameters: of one floating dtype, on CPU, in the order that they take in the vector
     """
 
-    def __init__(self, parameters: Sequence[th.nn.Parameter]):
+    def __init__(self, parameters: Sequence[th.Tensor]):
         self.parameters = list(parameters)
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self._vector = th.empty(self.size, dtype=self.parameters[0].dtype)
@@ -46,7 +46,7 @@ class FlatParameters:
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def arrays(self, *parameters: th.nn.Parameter) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, *parameters: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """
         :param parameters: some that follow each other in the vector, of one shape
         :return: their values and their gradients, ``[len(parameters), *shape]`` each, in the vectors' memory
@@ -70,12 +70,14 @@ class FlatAdam:
         self.optimizer = optimizer
         self.flat = flat
         self.moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.param_groups[0]["amsgrad"]
-        self._state: dict[str, th.Tensor] = {key: th.zeros_like(flat._vector) for key in self.moments}
-        self._state["step"] = th.zeros(len(flat.parameters))
+        vectors = {key: th.zeros_like(flat._vector) for key in self.moments}
+        steps = th.zeros(len(flat.parameters))
         self._views = [
-            dict(zip(self._state, views, strict=True))
-            for views in zip(*(flat.split(self._state[key]) for key in self.moments), self._state["step"], strict=True)
+            dict(zip([*self.moments, "step"], views, strict=True))
+            for views in zip(*map(flat.split, vectors.values()), steps, strict=True)
         ]
+        self._vectors = {key: vector.numpy() for key, vector in vectors.items()}
+        self._steps = steps.numpy()
         self._scratch = np.empty_like(flat.vector)
         self._adopt_state()
 
@@ -100,19 +102,16 @@ class FlatAdam:
     def step(self) -> None:
         """One step along :attr:`FlatParameters.gradient`."""
         group = self.optimizer.param_groups[0]
-        state = {key: self._state[key].numpy() for key in self._state}
         gradient = self.flat.gradient
         if group["maximize"]:
             np.negative(gradient, out=gradient)
-        state["step"] += 1
+        self._steps += 1
         adam_step(
             self.flat.vector,
             gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state.get("max_exp_avg_sq"),
-            self._scratch,
-            step=int(state["step"][0]),
+            **self._vectors,
+            scratch=self._scratch,
+            step=int(self._steps[0]),
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
@@ -126,9 +125,9 @@ def adam_step(
     gradient: np.ndarray,
     exp_avg: np.ndarray,
     exp_avg_sq: np.ndarray,
-    max_exp_avg_sq: np.ndarray | None,
-    scratch: np.ndarray,
+    max_exp_avg_sq: np.ndarray | None = None,
     *,
+    scratch: np.ndarray,
     step: int,
     lr: float,
     betas: tuple[float, float],
@@ -142,8 +141,9 @@ def adam_step(
     .. math::
         m &\leftarrow m + (1 - \beta_1)(g - m) \\
         v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
-        \theta &\leftarrow \theta - \alpha \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
-            = \theta - \alpha \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \cdot \frac{m}{\sqrt v + \epsilon \sqrt{1 - \beta_2^t}}
+        \theta &\leftarrow \theta - \alpha \frac{m / c_1}{\sqrt{v / c_2} + \epsilon}
+            = \theta - \alpha \frac{\sqrt{c_2}}{c_1} \cdot \frac{m}{\sqrt v + \epsilon \sqrt{c_2}},
+            \qquad c_i = 1 - \beta_i^t
 
     Weight decay adds :math:`\lambda \theta` to g; decoupled (AdamW), it scales :math:`\theta` by :math:`1 - \alpha \lambda`.
     AMSGrad takes the largest v so far in the last line.

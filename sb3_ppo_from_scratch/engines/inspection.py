@@ -42,7 +42,7 @@ def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module],
 def _module_reason(module: nn.Module, built_ins: tuple[type[nn.Module], ...]) -> str | None:
     if type(module) not in built_ins:
         return f"is of type {type(module).__name__}"
-    if isinstance(module, nn.Linear) and module.bias is None:
+    if getattr(module, "bias", module) is None:
         return "has no bias"
     if "forward" in vars(module):
         return "has had its forward method replaced"

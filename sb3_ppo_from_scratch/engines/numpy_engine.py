@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -29,14 +30,14 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ppo_from_scratch.buffer import dataset_of
-from sb3_ppo_from_scratch.distributions import mean_kl
-from sb3_ppo_from_scratch.engines.activations import activation_of
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.inspection import modified_reason
 from sb3_ppo_from_scratch.engines.numpy_heads import BernoulliHead, CategoricalHead, GaussianHead, Head
-from sb3_ppo_from_scratch.engines.numpy_loss import Batch, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_loss import Batch, OutputGradients, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_network import ActorCriticNetwork, Layers, parameter_order
+from sb3_ppo_from_scratch.engines.threads import single_threaded
+from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 from sb3_ppo_from_scratch.stats import UpdateStats
 
@@ -63,7 +64,7 @@ class NumpyEngine(Engine):
             return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
         if type(policy.action_dist) not in _DISTRIBUTIONS:
             return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
-        return modified_reason(policy, _BUILT_INS) or _optimizer_reason(policy)
+        return modified_reason(policy, _BUILT_INS) or _structure_reason(policy) or _optimizer_reason(policy)
 
     # ----------------------------------------------------------------- memory
 
@@ -85,6 +86,7 @@ class NumpyEngine(Engine):
         self._adam = FlatAdam(policy.optimizer, self._flat)
         self._network = ActorCriticNetwork(self._layers, self._flat)
         self._head = self._make_head()
+        self._action_shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]  # known for such a space
 
     def _make_head(self) -> Head:
         distribution = self.policy.action_dist
@@ -102,15 +104,20 @@ class NumpyEngine(Engine):
     def act(self, obs: PyTorchObs) -> PolicyStep:
         """See :meth:`Engine.act`."""
         head = self._head
-        outputs, values = self._network.forward(self._features(obs))
+        features = self._features(obs)
+        with single_threaded(len(features) * self._network.largest_layer):
+            outputs, values = self._network.forward(features)
         given = head.forward(outputs)
         actions = head.sample(given)
         log_prob = head.log_prob(given, head.encode(actions))
         if not math.isfinite(np.add.reduce(log_prob)):
             raise ValueError(NAN_MESSAGE)
-        actions = actions.reshape(-1, *self.policy.action_space.shape)  # type: ignore[misc]  # of these spaces it is known
-        params = np.ascontiguousarray(head.parameters(given))
-        return PolicyStep(actions, th.from_numpy(values)[:, None], th.from_numpy(log_prob), th.from_numpy(params))
+        return PolicyStep(
+            actions.reshape(-1, *self._action_shape),
+            th.from_numpy(values[:, None]),
+            th.from_numpy(log_prob),
+            th.from_numpy(head.parameters(given)),
+        )
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """See :meth:`Engine.predict_values`."""
@@ -120,7 +127,7 @@ class NumpyEngine(Engine):
         """``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them; a view where the observations are float32."""
         space = self.policy.observation_space
         if not isinstance(space, spaces.Box) or obs.dtype != th.float32:  # type: ignore[union-attr]  # no Dict gets here
-            obs = preprocess_obs(obs, space, normalize_images=self.policy.normalize_images)  # type: ignore[assignment, arg-type]
+            obs = preprocess_obs(obs, space, normalize_images=self.policy.normalize_images)
         return obs.numpy().reshape(len(obs), -1)  # type: ignore[union-attr]  # likewise
 
     # ----------------------------------------------------------------- update
@@ -130,41 +137,47 @@ class NumpyEngine(Engine):
         self.begin_rollout()
         self._flat.publish_gradient()
         stats = UpdateStats()
-        with np.errstate(all="ignore"):  # as torch does, and leaves it to whoever reads the metrics
+        # numbers overflow in silence, as in torch
+        with np.errstate(all="ignore"), single_threaded(config.batch_size * self._network.largest_layer):
             for minibatches in _epochs(buffer, config.batch_size):
                 old_and_new = self._train_epoch(minibatches, config, stats)
                 if stats.stopped_early or stats.epochs == config.n_epochs:
                     break
-        stats.kl = mean_kl(self.policy.action_dist, old_and_new)
+        if old_and_new:
+            stats.kl = sum(self._head.mean_kl(old, new) for old, new in old_and_new) / len(old_and_new)
         return stats
 
     def _train_epoch(
         self, minibatches: Iterable[Batch], config: UpdateConfig, stats: UpdateStats
-    ) -> list[tuple[th.Tensor, th.Tensor]]:
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """One pass over the data: the distributions' parameters, old and new, of each minibatch."""
-        head, old_and_new = self._head, []
+        old_and_new = []
         stats.begin_epoch()
         for batch in minibatches:
-            outputs, values = self._network.forward(self._features(th.from_numpy(batch.observations)))
-            given, actions = head.forward(outputs), head.encode(batch.actions)
-            loss, by = ppo_gradient(head.log_prob(given, actions), values, head.entropy(given), batch, config)
+            loss, by, given, actions = self._forward(batch, config)
             if batch.dist_params is not None:
-                old_and_new.append((th.from_numpy(batch.dist_params), th.from_numpy(head.parameters(given))))
+                old_and_new.append((batch.dist_params, self._head.parameters(given)))
             if config.target_kl is not None and loss.approx_kl > 1.5 * config.target_kl:
                 stats.stopped_early = True
                 stats.add(loss)
                 break
-            self._network.backward(head.gradient(given, actions, by.log_prob, by.entropy), by.values)
+            self._network.backward(self._head.gradient(given, actions, by.log_prob, by.entropy), by.values)
             stats.add(loss, self._clip_gradient(config.max_grad_norm))
             self._adam.step()
         return old_and_new
+
+    def _forward(self, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, OutputGradients, Any, np.ndarray]:
+        """The loss of a minibatch, its gradient, and what that is the gradient by: the distribution and the actions."""
+        outputs, values = self._network.forward(self._features(th.from_numpy(batch.observations)))
+        given, actions = self._head.forward(outputs), self._head.encode(batch.actions)
+        log_prob, entropy = self._head.log_prob(given, actions), self._head.entropy(given)
+        loss, gradients = ppo_gradient(log_prob, values, entropy, batch, config)
+        return loss, gradients, given, actions
 
     def _clip_gradient(self, max_grad_norm: float) -> float:
         """Scale the gradient down to that norm, as torch does; returns the norm before."""
         gradient = self._flat.gradient
         norm = math.sqrt(np.dot(gradient, gradient))
-        if not math.isfinite(norm):
-            raise ValueError("not finite")
         scale = max_grad_norm / (norm + 1e-6)
         if scale < 1:
             gradient *= scale
@@ -178,7 +191,7 @@ def _epochs(buffer: RolloutBuffer, batch_size: int) -> Iterator[Iterable[Batch]]
         while True:
             yield data.shuffled().cut(batch_size)
     while True:
-        yield map(Batch.of, buffer.get(batch_size))
+        yield map(Batch.of, buffer.get(batch_size))  # type: ignore[arg-type]  # SB3's samples have the same first six fields
 
 
 def layers_of(policy: ActorCriticPolicy) -> Layers:
@@ -191,11 +204,40 @@ def layers_of(policy: ActorCriticPolicy) -> Layers:
 
 
 def _pairs(tower: nn.Sequential) -> list[tuple[nn.Linear, nn.Module]]:
-    return list(zip(tower[::2], tower[1::2], strict=True))  # type: ignore[arg-type]  # as SB3 alternates them
+    modules = list(tower)
+    return list(zip(modules[::2], modules[1::2], strict=True))  # type: ignore[arg-type]  # as SB3 alternates them
+
+
+def _structure_reason(policy: ActorCriticPolicy) -> str | None:
+    """Built-in modules may still stand where SB3 would not have put them."""
+    extractor = policy.mlp_extractor
+    if not isinstance(policy.features_extractor, FlattenExtractor):
+        return f"the features extractor is of type {type(policy.features_extractor).__name__}"
+    if not isinstance(policy.action_net, nn.Linear) or not isinstance(policy.value_net, nn.Linear):
+        return "a head is not a single linear layer"
+    towers = [extractor.trunk] if isinstance(extractor, SharedMlpExtractor) else [extractor.policy_net, extractor.value_net]
+    for tower in towers:
+        modules = list(tower)
+        if len(modules) % 2 or not all(
+            isinstance(linear, nn.Linear) and isinstance(activation, _ACTIVATIONS)
+            for linear, activation in zip(modules[::2], modules[1::2], strict=True)
+        ):
+            return "its layers are not linear ones with an activation after each"
+    return None
 
 
 def _optimizer_reason(policy: ActorCriticPolicy) -> str | None:
     optimizer = policy.optimizer
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return f"it computes Adam and AdamW, and the optimizer is of type {type(optimizer).__name__}"
-    return None
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer):
+        return "there are hooks on the optimizer, or its step was replaced"
+    if len(optimizer.param_groups) != 1:
+        return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
+    group = optimizer.param_groups[0]
+    if len(group["params"]) != len(list(policy.parameters())):
+        return "the optimizer has other parameters than the policy's"
+    if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], th.Tensor):
+        return "the optimizer is capturable or differentiable, or its learning rate is a tensor"
+    steps = {float(optimizer.state[p]["step"]) if optimizer.state.get(p) else 0.0 for p in group["params"]}
+    return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"

@@ -46,7 +46,7 @@ class Head(ABC):
         """
         Actions in the form that :meth:`log_prob` and :meth:`gradient` take.
 
-        :param actions: ``[B, action_dim]``, or ``[B]`` as :meth:`sample` returns them
+        :param actions: ``[B, action_dim]``, or ``[B]`` as :meth:`sample` has them
         """
 
     @abstractmethod
@@ -75,6 +75,17 @@ class Head(ABC):
     def parameters(self, given: Any) -> np.ndarray:
         """``[B, n_params]``, as :func:`sb3_ppo_from_scratch.distributions.distribution_parameters` has them."""
 
+    @abstractmethod
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r"""
+        Mean over the batch of :math:`KL(\pi_{old} \| \pi_{new})` in nats, from two sets of :meth:`parameters`.
+
+        It is :func:`sb3_ppo_from_scratch.distributions.exact_kl` on arrays.
+
+        :param old: ``[B, n_params]``
+        :param new: ``[B, n_params]``
+        """
+
 
 class CategoricalHead(Head):
     r"""
@@ -91,7 +102,8 @@ class CategoricalHead(Head):
 
     def __init__(self, sizes: list[int]):
         self.sizes = sizes
-        self.starts = np.cumsum([0, *sizes[:-1]])
+        self.starts = np.cumsum([0, *sizes[:-1]])[:, None]
+        self._slices = [slice(start, start + size) for start, size in zip(self.starts[:, 0], sizes, strict=True)]
 
     def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The normalised logits and the probabilities, ``[n_outputs, B]`` each."""
@@ -106,26 +118,25 @@ class CategoricalHead(Head):
         """Reduce each factor's rows; the result broadcasts against them."""
         if len(self.sizes) == 1:
             return operation.reduce(rows, axis=0)
-        return np.repeat(operation.reduceat(rows, self.starts, axis=0), self.sizes, axis=0)
+        return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
     def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.sample`. The fastest of several exponential clocks with rates p is a draw from p."""
         probs = given[1]
-        batch_size = probs.shape[1]
-        actions = []
-        for start, size in zip(self.starts, self.sizes, strict=True):
-            clocks = th.empty(batch_size, size, dtype=th.from_numpy(probs).dtype).exponential_().numpy()
-            actions.append((probs[start : start + size] / clocks.T).argmax(axis=0))
+        clocks = (th.from_numpy(np.empty(probs[rows].shape[::-1], probs.dtype)).exponential_() for rows in self._slices)
+        actions = [(probs[rows] / times.numpy().T).argmax(0) for rows, times in zip(self._slices, clocks, strict=True)]
         return actions[0] if len(actions) == 1 else np.stack(actions, axis=1)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Rows of the chosen outputs, ``[n_factors, B]``."""
-        return actions.reshape(len(actions), -1).T.astype(np.intp) + self.starts[:, None]
+        """Where the chosen outputs lie in a flattened ``[n_outputs, B]``: ``[n_factors, B]``, int64."""
+        batch_size = len(actions)
+        rows = actions.reshape(batch_size, -1).T.astype(np.int64)
+        return (rows + self.starts) * batch_size + np.arange(batch_size)
 
     def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """See :meth:`Head.log_prob`."""
         logits = given[0]
-        chosen = logits.ravel().take(self._flat(actions, logits.shape[1]))
+        chosen = logits.take(actions)
         return chosen[0] if len(chosen) == 1 else np.add.reduce(chosen, axis=0)
 
     def entropy(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -139,8 +150,7 @@ class CategoricalHead(Head):
         """See :meth:`Head.gradient`."""
         logits, probs = given
         gradient = probs * -by_log_prob
-        chosen = self._flat(actions, logits.shape[1])
-        gradient.ravel()[chosen] += by_log_prob
+        gradient.reshape(-1)[actions] += by_log_prob
         if by_entropy != 0:
             weighted = probs * self._bounded(logits)
             weighted -= probs * self._per_factor(np.add, weighted)
@@ -151,9 +161,11 @@ class CategoricalHead(Head):
         """The normalised logits."""
         return given[0].T
 
-    @staticmethod
-    def _flat(actions: np.ndarray, batch_size: int) -> np.ndarray:
-        return actions * batch_size + np.arange(batch_size)
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j p_j (\ell_j - \ell'_j)`, see :meth:`Head.mean_kl`."""
+        kl = np.exp(old)
+        kl *= self._bounded(old) - self._bounded(new)
+        return float(np.add.reduce(kl, axis=None)) / len(old)
 
     @staticmethod
     def _bounded(logits: np.ndarray) -> np.ndarray:
@@ -209,6 +221,11 @@ class BernoulliHead(Head):
         """The logits z."""
         return given[0].T
 
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j p_j (z_j - z'_j) + \mathrm{softplus}(z'_j) - \mathrm{softplus}(z_j)`, see :meth:`Head.mean_kl`."""
+        kl = sigmoid(old) * (old - new) + np.logaddexp(0, new) - np.logaddexp(0, old)
+        return float(np.add.reduce(kl, axis=None)) / len(old)
+
 
 class GaussianHead(Head):
     r"""
@@ -237,8 +254,8 @@ class GaussianHead(Head):
     def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.sample`."""
         mean, std = given
-        noise = th.randn(mean.shape[1], mean.shape[0], dtype=th.from_numpy(mean).dtype).numpy()
-        return (mean + std * noise.T).T
+        noise = th.from_numpy(np.empty(mean.shape[::-1], mean.dtype)).normal_().numpy()
+        return mean.T + std.T * noise
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """``[d, B]``"""
@@ -270,3 +287,10 @@ class GaussianHead(Head):
         """The means, then the log standard deviations."""
         mean, _ = given
         return np.concatenate([mean, np.broadcast_to(self.log_std[:, None], mean.shape)]).T
+
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""
+        (mean, log_std), (new_mean, new_log_std) = np.split(old, 2, axis=1), np.split(new, 2, axis=1)
+        log_ratio = 2 * (log_std - new_log_std)
+        distance = ((mean - new_mean) / np.exp(new_log_std)) ** 2
+        return float(np.add.reduce(np.exp(log_ratio) + distance - 1 - log_ratio, axis=None)) / (2 * len(old))

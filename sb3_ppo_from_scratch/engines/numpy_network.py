@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
 from torch import nn
 
 from sb3_ppo_from_scratch.engines.activations import Activation, activation_of
@@ -41,9 +42,9 @@ def _shape(layer: tuple[nn.Linear, nn.Module]) -> tuple[int, int, str]:
     return linear.in_features, linear.out_features, repr(activation)
 
 
-def parameter_order(layers: Layers) -> list[nn.Parameter]:
+def parameter_order(layers: Layers) -> list[th.Tensor]:
     """Weights, and biases, that are computed with together lie side by side."""
-    order = []
+    order: list[th.Tensor] = []
     for stack in layers.stacks():
         for members in stack:
             order += [linear.weight for linear, _ in members]
@@ -68,30 +69,16 @@ class Stack:
     def __init__(self, members: list[list[tuple[nn.Linear, nn.Module]]], flat: FlatParameters, latent_dim: int):
         self.groups = len(members[0]) if members else 1
         self.latent_dim = latent_dim
-        self.weights, self.biases, self.by_weights, self.by_biases = [], [], [], []
-        self.activations: list[Activation] = []
-        for layer in members:
-            weight, by_weight = flat.arrays(*(linear.weight for linear, _ in layer))
-            bias, by_bias = flat.arrays(*(linear.bias for linear, _ in layer))
-            self.weights.append(weight)
-            self.biases.append(bias[:, None])
-            self.by_weights.append(by_weight)
-            self.by_biases.append(by_bias[:, None])
-            activation = activation_of(layer[0][1])
-            assert activation is not None  # or the engine would not have taken this policy
-            self.activations.append(activation)
+        self.layers = [_Layer.of(layer, flat) for layer in members]
         self.dtype = flat.vector.dtype
         self._workspace = lru_cache(maxsize=4)(self._allocate)
 
-    def _allocate(self, batch_size: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """Before and after each activation, the gradients by the latter, and a row of ones that sums over the batch."""
-        shapes = [(self.groups, batch_size, weight.shape[1]) for weight in self.weights]
+    def _allocate(self, batch_size: int) -> _Workspace:
+        shapes = [(self.groups, batch_size, layer.weight.shape[1]) for layer in self.layers]
         inputs = [np.empty(shape, self.dtype) for shape in shapes]
-        outputs = [
-            x if activation.in_place else np.empty_like(x) for x, activation in zip(inputs, self.activations, strict=True)
-        ]
-        gradients = [np.empty_like(x) for x in inputs] or [np.empty((1, batch_size, self.latent_dim), self.dtype)]
-        return inputs, outputs, gradients, np.ones((1, batch_size), self.dtype)
+        outputs = [x if layer.activation.in_place else np.empty_like(x) for x, layer in zip(inputs, self.layers, strict=True)]
+        gradients = [np.empty(shape, self.dtype) for shape in shapes or [(1, batch_size, self.latent_dim)]]
+        return _Workspace(inputs, outputs, gradients, np.ones((1, batch_size), self.dtype))
 
     def forward(self, features: np.ndarray) -> np.ndarray:
         """
@@ -100,32 +87,67 @@ class Stack:
         """
         inputs, outputs, _, _ = self._workspace(len(features))
         latent = features[None]
-        for weight, bias, activation, x, y in zip(self.weights, self.biases, self.activations, inputs, outputs, strict=True):
-            np.matmul(latent, weight.transpose(0, 2, 1), out=x)
-            x += bias
-            activation.forward(x, y)
+        for layer, x, y in zip(self.layers, inputs, outputs, strict=True):
+            np.matmul(latent, layer.transposed, out=x)
+            x += layer.bias
+            layer.activation.forward(x, y)
             latent = y
         return latent
 
-    def gradient_space(self, batch_size: int) -> np.ndarray:
+    def by_latent(self, batch_size: int) -> np.ndarray:
         """Where the gradient by what :meth:`forward` returned goes, of its shape."""
-        return self._workspace(batch_size)[2][-1]
+        return self._workspace(batch_size).gradients[-1]
 
     def backward(self, features: np.ndarray) -> None:
         """
-        Fill the layers' gradients, from that in :meth:`gradient_space`. The activations are used up.
+        Fill the layers' gradients, from that in :meth:`by_latent`. The activations are used up.
 
         :param features: what :meth:`forward` was given last
         """
         inputs, outputs, gradients, ones = self._workspace(len(features))
-        for index in reversed(range(len(self.weights))):
-            gradient = gradients[index]
-            self.activations[index].backward(inputs[index], outputs[index], gradient)
+        for index in reversed(range(len(self.layers))):
+            layer, gradient = self.layers[index], gradients[index]
+            layer.activation.backward(inputs[index], outputs[index], gradient)
             below = outputs[index - 1] if index > 0 else features[None]
-            np.matmul(gradient.transpose(0, 2, 1), below, out=self.by_weights[index])
-            np.matmul(ones, gradient, out=self.by_biases[index])
+            np.matmul(gradient.transpose(0, 2, 1), below, out=layer.by_weight)
+            np.matmul(ones, gradient, out=layer.by_bias)
             if index > 0:
-                np.matmul(gradient, self.weights[index], out=gradients[index - 1])
+                np.matmul(gradient, layer.weight, out=gradients[index - 1])
+
+
+class _Layer(NamedTuple):
+    """One layer of G towers."""
+
+    weight: np.ndarray
+    """``[G, n_out, n_in]``"""
+    transposed: np.ndarray
+    """the same memory as ``[G, n_in, n_out]``"""
+    bias: np.ndarray
+    """``[G, 1, n_out]``"""
+    by_weight: np.ndarray
+    by_bias: np.ndarray
+    activation: Activation
+
+    @classmethod
+    def of(cls, members: list[tuple[nn.Linear, nn.Module]], flat: FlatParameters) -> _Layer:
+        weight, by_weight = flat.arrays(*(linear.weight for linear, _ in members))
+        bias, by_bias = flat.arrays(*(linear.bias for linear, _ in members))
+        activation = activation_of(members[0][1])
+        assert activation is not None  # or the engine would not have taken this policy
+        return cls(weight, weight.transpose(0, 2, 1), bias[:, None], by_weight, by_bias[:, None], activation)
+
+
+class _Workspace(NamedTuple):
+    """Arrays for one batch size, ``[G, B, width]`` for each layer."""
+
+    inputs: list[np.ndarray]
+    """of the activations"""
+    outputs: list[np.ndarray]
+    """of the activations; the inputs themselves where these work in place"""
+    gradients: list[np.ndarray]
+    """by the outputs"""
+    ones: np.ndarray
+    """``[1, B]``: a product with it sums over the batch"""
 
 
 class ActorCriticNetwork:
@@ -138,13 +160,14 @@ class ActorCriticNetwork:
 
     def __init__(self, layers: Layers, flat: FlatParameters):
         latent_dims = (layers.action_net.in_features, layers.value_net.in_features)
+        self.largest_layer = max(parameter.numel() for parameter in flat.parameters)
         # a stack of two towers has one width, that of either head
         self.stacks = [Stack(stack, flat, width) for stack, width in zip(layers.stacks(), latent_dims, strict=False)]
         (weight, by_weight), (bias, by_bias) = flat.arrays(layers.action_net.weight), flat.arrays(layers.action_net.bias)
         self.action_weight, self.by_action_weight = weight[0], by_weight[0]
         self.action_bias, self.by_action_bias = bias[0][:, None], by_bias[0]
         (weight, by_weight), (bias, by_bias) = flat.arrays(layers.value_net.weight), flat.arrays(layers.value_net.bias)
-        self.value_weight, self.by_value_weight = weight[0][0], by_weight[0][0]
+        self.value_weight, self.by_value_weight = weight[0, 0], by_weight[0, 0]
         self.value_bias, self.by_value_bias = bias[0], by_bias[0]
 
     def forward(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +194,7 @@ class ActorCriticNetwork:
         np.add.reduce(by_outputs, axis=1, out=self.by_action_bias)
         np.matmul(by_values, self._latents[-1], out=self.by_value_weight)
         np.add.reduce(by_values, keepdims=True, out=self.by_value_bias)
-        by_latents = [latent for stack in self.stacks for latent in stack.gradient_space(len(by_values))]
+        by_latents = [latent for stack in self.stacks for latent in stack.by_latent(len(by_values))]
         np.matmul(by_outputs.T, self.action_weight, out=by_latents[0])
         if len(by_latents) == 1:  # both heads on one trunk
             by_latents[0] += by_values[:, None] * self.value_weight
