@@ -78,7 +78,7 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
-        on a CPU (:class:`~sb3_ppo_from_scratch.engines.numpy_engine.NumpyEngine`); ``"auto"``, the fastest that can serve
+        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"auto"``, the fastest that can serve
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """

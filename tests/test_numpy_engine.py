@@ -29,9 +29,9 @@ from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.engines import UpdateConfig, engine_class
-from sb3_ppo_from_scratch.engines.flat import FlatAdam, FlatParameters
-from sb3_ppo_from_scratch.engines.numpy_engine import NumpyEngine
-from sb3_ppo_from_scratch.engines.numpy_loss import Batch
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES

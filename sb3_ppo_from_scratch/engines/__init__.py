@@ -5,7 +5,7 @@ from __future__ import annotations
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
-from sb3_ppo_from_scratch.engines.numpy_engine import NumpyEngine
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 
 __all__ = ["ENGINE_NAMES", "Engine", "PolicyStep", "UpdateConfig", "engine_class"]

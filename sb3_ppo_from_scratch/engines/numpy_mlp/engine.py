@@ -1,10 +1,9 @@
 """
-The fast engine for small networks on a CPU: policy step, gradient and Adam written out in NumPy.
+The loop: policy step, gradient and Adam in NumPy, for plain MLP policies on a CPU.
 
-Small networks spend their time not in arithmetic but in getting to it. Here a minibatch is some fifty calls of NumPy on arrays
-that share their memory with the policy's own parameters: no graph, no copies, no loop over parameters. The pieces: layers
-(:mod:`.numpy_network`), action distributions (:mod:`.numpy_heads`), loss (:mod:`.numpy_loss`), Adam (:mod:`.flat`). Random
-numbers are drawn as the reference engine draws them, so the two differ by rounding only.
+Small networks spend their time not in arithmetic but in getting to it. Here a minibatch is some eighty calls of NumPy on arrays
+that share their memory with the policy's own parameters: no graph, no copies, no loop over parameters. Random numbers are
+drawn as the reference engine draws them, so the two differ by rounding only.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -31,12 +29,12 @@ from torch import nn
 
 from sb3_ppo_from_scratch.buffer import dataset_of
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
-from sb3_ppo_from_scratch.engines.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.inspection import modified_reason
-from sb3_ppo_from_scratch.engines.numpy_heads import BernoulliHead, CategoricalHead, GaussianHead, Head
-from sb3_ppo_from_scratch.engines.numpy_loss import Batch, OutputGradients, ppo_gradient
-from sb3_ppo_from_scratch.engines.numpy_network import ActorCriticNetwork, Layers, parameter_order
-from sb3_ppo_from_scratch.engines.threads import single_threaded
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, OutputGradients, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, Layers, parameter_order
+from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 from sb3_ppo_from_scratch.stats import UpdateStats
@@ -104,7 +102,7 @@ class NumpyEngine(Engine):
     def act(self, obs: PyTorchObs) -> PolicyStep:
         """See :meth:`Engine.act`."""
         head = self._head
-        features = self._features(obs)
+        features = self._features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with single_threaded(len(features) * self._network.largest_layer):
             outputs, values = self._network.forward(features)
         given = head.forward(outputs)
@@ -121,14 +119,15 @@ class NumpyEngine(Engine):
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """See :meth:`Engine.predict_values`."""
-        return th.from_numpy(self._network.forward(self._features(obs))[1])[:, None]
+        return th.from_numpy(self._network.forward(self._features(obs.numpy()))[1])[:, None]
 
-    def _features(self, obs: PyTorchObs) -> np.ndarray:
+    def _features(self, obs: np.ndarray) -> np.ndarray:
         """``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them; a view where the observations are float32."""
-        space = self.policy.observation_space
-        if not isinstance(space, spaces.Box) or obs.dtype != th.float32:  # type: ignore[union-attr]  # no Dict gets here
-            obs = preprocess_obs(obs, space, normalize_images=self.policy.normalize_images)
-        return obs.numpy().reshape(len(obs), -1)  # type: ignore[union-attr]  # likewise
+        if obs.dtype != np.float32:  # float32 is a Box of reals, which SB3 takes as it is
+            policy = self.policy
+            tensor = preprocess_obs(th.from_numpy(obs), policy.observation_space, normalize_images=policy.normalize_images)
+            obs = tensor.numpy()  # type: ignore[union-attr]  # only Dict observations yield a dict
+        return obs.reshape(len(obs), -1)
 
     # ----------------------------------------------------------------- update
 
@@ -168,7 +167,7 @@ class NumpyEngine(Engine):
 
     def _forward(self, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, OutputGradients, Any, np.ndarray]:
         """The loss of a minibatch, its gradient, and what that is the gradient by: the distribution and the actions."""
-        outputs, values = self._network.forward(self._features(th.from_numpy(batch.observations)))
+        outputs, values = self._network.forward(self._features(batch.observations))
         given, actions = self._head.forward(outputs), self._head.encode(batch.actions)
         log_prob, entropy = self._head.log_prob(given, actions), self._head.entropy(given)
         loss, gradients = ppo_gradient(log_prob, values, entropy, batch, config)

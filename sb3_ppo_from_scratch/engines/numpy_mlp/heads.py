@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_ppo_from_scratch.engines.activations import sigmoid
+from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 
 __all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head"]
+
+_LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
 
 
 class Head(ABC):
@@ -117,7 +119,7 @@ class CategoricalHead(Head):
     def _per_factor(self, operation: np.ufunc, rows: np.ndarray) -> np.ndarray:
         """Reduce each factor's rows; the result broadcasts against them."""
         if len(self.sizes) == 1:
-            return operation.reduce(rows, axis=0)
+            return operation.reduce(rows)
         return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
     def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -169,7 +171,7 @@ class CategoricalHead(Head):
 
     @staticmethod
     def _bounded(logits: np.ndarray) -> np.ndarray:
-        return np.maximum(logits, np.finfo(logits.dtype).min)
+        return np.maximum(logits, _LOWEST[logits.dtype])
 
 
 class BernoulliHead(Head):

@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_ppo_from_scratch.engines.activations import Activation, activation_of
-from sb3_ppo_from_scratch.engines.flat import FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.activations import Activation, activation_of
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatParameters
 
 __all__ = ["ActorCriticNetwork", "Layers", "Stack", "parameter_order"]
 
