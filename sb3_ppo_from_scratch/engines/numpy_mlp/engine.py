@@ -1,9 +1,9 @@
 """
 The loop: policy step, gradient and Adam in NumPy, for plain MLP policies on a CPU.
 
-Small networks spend their time not in arithmetic but in getting to it. Here a minibatch is some eighty calls of NumPy on arrays
-that share their memory with the policy's own parameters: no graph, no copies, no loop over parameters. Random numbers are
-drawn as the reference engine draws them, so the two differ by rounding only.
+Small networks spend their time not in arithmetic but in getting to it. Here a minibatch is some eighty calls of NumPy on
+arrays that share their memory with the policy's own parameters: no graph, no copies, no loop over parameters. Random numbers
+are drawn as the reference engine draws them, so the two differ by rounding only.
 """
 
 from __future__ import annotations
