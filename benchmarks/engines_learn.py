@@ -1,8 +1,8 @@
 """
 Does the NumPy engine learn as the reference engine does? Ten seeds of each on CartPole-v1 and Pendulum-v1.
 
-The hyperparameters are rl-zoo3's; Pendulum's without gSDE, which the NumPy engine does not compute. The two engines draw the same
-random numbers but round differently, so runs of one seed part after a while and only their statistics agree::
+The hyperparameters are rl-zoo3's; Pendulum's without gSDE, which the NumPy engine does not compute. The two engines draw the
+same random numbers but round differently, so runs of one seed part after a while and only their statistics agree::
 
     python -m benchmarks.engines_learn --out benchmarks/results/engines_learn.json
 """

@@ -119,7 +119,7 @@ class NumpyEngine(Engine):
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """See :meth:`Engine.predict_values`."""
-        return th.from_numpy(self._network.forward(self._features(obs.numpy()))[1])[:, None]
+        return th.from_numpy(self._network.forward(self._features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
 
     def _features(self, obs: np.ndarray) -> np.ndarray:
         """``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them; a view where the observations are float32."""
