@@ -91,6 +91,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]  # one class for array and Dict spaces
     dist_params: np.ndarray | None
     """``[n_steps, n_envs, n_params]``: the behaviour policy's logits, or means and log standard deviations"""
+    valid: np.ndarray | None
+    """``[n_steps, n_envs]``, bool: which rows are transitions; ``None`` if all are. Others are not in the data set."""
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         """Begin a new rollout; the storage is used again."""
         self.pos = 0
         self.full = False
+        self.valid = None
 
     def add(
         self,
@@ -136,6 +139,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         value: th.Tensor,
         log_prob: th.Tensor,
         dist_params: th.Tensor | None = None,
+        valid: np.ndarray | None = None,
     ) -> None:
         """
         Store one step of every environment.
@@ -147,6 +151,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         :param value: ``[n_envs]`` or ``[n_envs, 1]``
         :param log_prob: ``[n_envs]``
         :param dist_params: ``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`
+        :param valid: ``[n_envs]``, bool, whether each step is a transition; ``None`` if all are
         :raises IndexError: if the buffer is full
         """
         if self.full:
@@ -166,6 +171,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
             if self.dist_params is None:
                 self.dist_params = self._allocate(tuple(dist_params.shape[1:]), np.float32)
             _store(self.dist_params[step], dist_params)
+        if valid is not None and not valid.all():
+            if self.valid is None:
+                self.valid = ~self._allocate((), bool)
+            self.valid[step] = valid
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -185,9 +194,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
         """
         The rollout's ``n_steps * n_envs`` transitions in environment-major order, on the buffer's device.
 
-        On CPU the tensors share the buffer's memory (actions excepted, which become float32).
+        On CPU the tensors share the buffer's memory (actions excepted, which become float32). Where some rows are no
+        transitions (:attr:`valid`), the data set is a copy of the others.
 
-        :raises RuntimeError: if the rollout is not complete
+        :raises RuntimeError: if the rollout is not complete, or holds no transition
         """
         if not self.full:
             raise RuntimeError(
@@ -197,7 +207,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             observations: Observations = {key: self._flatten(value) for key, value in self.observations.items()}
         else:
             observations = self._flatten(self.observations)
-        return RolloutData(
+        data = RolloutData(
             observations,
             self._flatten(self.actions.astype(np.float32, order="K", copy=False)),
             self._flatten(self.values),
@@ -206,6 +216,14 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self._flatten(self.returns),
             None if self.dist_params is None else self._flatten(self.dist_params),
         )
+        return data if self.valid is None else data.take(self._transitions(self.valid))
+
+    def _transitions(self, valid: np.ndarray) -> th.Tensor:
+        if not valid.any():
+            raise RuntimeError(
+                f"a rollout of {self.buffer_size} steps holds no transition, only resets: n_steps must be larger"
+            )
+        return self._flatten(valid).nonzero().flatten()
 
     def _flatten(self, array: np.ndarray) -> th.Tensor:
         flat = array.swapaxes(0, 1).reshape(self.n_envs * self.buffer_size, *array.shape[2:])

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -22,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES, Engine, UpdateConfig, engine_class
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from sb3_ppo_from_scratch.stats import UpdateStats
 from sb3_ppo_from_scratch.validation import (
     check_action_space,
@@ -35,6 +36,7 @@ from sb3_ppo_from_scratch.validation import (
     errors_for_assertions,
     resolve_schedule,
 )
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mind_reset_rows, with_reset_rows
 
 __all__ = ["ScratchPPO"]
 
@@ -51,7 +53,7 @@ class ScratchPPO(OnPolicyAlgorithm):
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``, or a policy class
-    :param env: a Gymnasium environment, a ``VecEnv``, or the name of a registered environment
+    :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
     :param batch_size: transitions per minibatch, at least 2 if advantages are normalised
@@ -125,7 +127,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
             raise TypeError(f"policy must be the name of a policy or a policy class, not {policy!r}")
         if hasattr(env, "observation_space"):  # before SB3's wrappers stumble over it
-            check_observation_space(env.observation_space)
+            check_observation_space(getattr(env, "single_observation_space", env.observation_space))
         with errors_for_assertions("env"):
             super().__init__(
                 policy,
@@ -162,6 +164,15 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._check_rollout_size()
 
     # ------------------------------------------------------------------ set-up
+
+    @staticmethod
+    def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, and SB3's wrappers learn of its reset rows."""
+        if isinstance(env, VectorEnv):
+            if verbose >= 1:
+                print("Wrapping the env in a NativeVecEnv.")
+            env = NativeVecEnv(env)
+        return mind_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper))
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name not in self.policy_aliases:
@@ -351,7 +362,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
         engine = self._current_engine()
-        keeps_dist_params = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        is_ours = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        native = _masked_env(env, rollout_buffer)
         engine.begin_rollout()
         self.policy.set_training_mode(False)
         n_steps = 0
@@ -367,6 +379,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            reset_rows = None if native is None else native.reset_rows
 
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -375,9 +388,13 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
-            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
+            self._bootstrap(engine, rewards, dones, infos)
+            ours: dict[str, Any] = {"dist_params": dist_params} if is_ours else {}
+            if reset_rows is not None and reset_rows.any():
+                ours["valid"] = ~reset_rows
+                dones = dones | reset_rows  # what follows a reset row begins an episode
             step = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            rollout_buffer.add(*step, *((dist_params,) if keeps_dist_params else ()))  # type: ignore[arg-type]  # dict obs
+            rollout_buffer.add(*step, **ours)  # type: ignore[arg-type]  # Dict observations too
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
             self._last_episode_starts = dones
 
@@ -387,9 +404,19 @@ class ScratchPPO(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
+    def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        if engine.batched_bootstrap:
+            bootstrap_time_limits_at_once(rewards, dones, infos, self._values_of, self.gamma)
+        else:
+            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
+
     def _value_of(self, observation: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
         """Value of one unbatched observation, shape ``[1]``."""
         return self._current_engine().predict_values(self.policy.obs_to_tensor(observation)[0])[0]
+
+    def _values_of(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """Values of a batch of observations, shape ``[batch_size]``."""
+        return self._current_engine().predict_values(self.policy.obs_to_tensor(observations)[0]).flatten().cpu().numpy()
 
     def train(self) -> None:
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
@@ -424,7 +451,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         for key, value in metrics.items():
             self.logger.record(f"train/{key}", value)
         buffer = self.rollout_buffer
-        self.logger.record("train/explained_variance", explained_variance(_in_order(buffer.values), _in_order(buffer.returns)))
+        self.logger.record("train/explained_variance", explained_variance(*_in_order(buffer, buffer.values, buffer.returns)))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -457,6 +484,22 @@ class ScratchPPO(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_engine"]
 
 
-def _in_order(array: np.ndarray) -> np.ndarray:
-    """A buffer's ``[n_steps, n_envs]`` array, flat and environment-major: sums depend on the order of their terms."""
-    return array.swapaxes(0, 1).ravel()
+def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:
+    """The environment that says which rows are no transitions, if there can be such."""
+    native = with_reset_rows(env)
+    if native is not None and not isinstance(rollout_buffer, ScratchRolloutBuffer):
+        raise ValueError(
+            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer for an environment with reset rows (next-step "
+            f"autoreset), for they are to be left out, not {type(rollout_buffer).__name__}"
+        )
+    return native
+
+
+def _in_order(buffer: RolloutBuffer, *arrays: np.ndarray) -> list[np.ndarray]:
+    """
+    A buffer's ``[n_steps, n_envs]`` arrays, flat and environment-major: sums depend on the order of their terms.
+
+    Rows that are no transitions are left out.
+    """
+    valid = getattr(buffer, "valid", None)
+    return [array.T.ravel() if valid is None else array.T[valid.T] for array in arrays]

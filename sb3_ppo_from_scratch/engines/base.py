@@ -61,6 +61,8 @@ class Engine(ABC):
     """
 
     name: str
+    batched_bootstrap: bool = True
+    """Whether the values behind the time limits of one step may be asked for in one call, which may round differently."""
 
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy

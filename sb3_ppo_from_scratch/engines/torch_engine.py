@@ -36,6 +36,7 @@ class TorchEngine(Engine):
     """SB3's operations in SB3's order on the policy's own modules."""
 
     name = "torch"
+    batched_bootstrap = False
 
     def __init__(self, policy: ActorCriticPolicy):
         super().__init__(policy)
