@@ -131,12 +131,12 @@ class NativeVecEnv(VecEnv):
             infos, finals = self._same_step(dones, info)
         else:
             obs, infos, finals = self._reset_ended(obs, dones, info)
-        for row, cut in enumerate((truncated & ~terminated).tolist()):
-            infos[row]["TimeLimit.truncated"] = cut
+        for info_of_one, cut in zip(infos, (truncated & ~terminated).tolist(), strict=True):
+            info_of_one["TimeLimit.truncated"] = cut
         for row, final in finals.items():
             infos[row]["terminal_observation"] = final
         self._count(rewards, dones, infos)
-        return obs, np.where(self.reset_rows, 0.0, rewards).astype(np.float32), dones, infos
+        return obs, np.array(rewards, dtype=np.float32), dones, infos
 
     def _next_step(self, obs: VecEnvObs, dones: np.ndarray, info: dict[str, Any]) -> tuple[Infos, dict[int, Any]]:
         """Infos, and final observations by row: here they are the observations that the environment shows."""
