@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,11 @@ class _MindfulVecNormalize(VecNormalize):
     """Statistics of the observations that a policy acts on, and of the returns of transitions."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (VecNormalize,), self.__getstate__()  # type: ignore[attr-defined]  # not in the stubs
+        return (
+            object.__new__,
+            (VecNormalize,),
+            self.__getstate__(),
+        )  # as SB3's, which opens where this package is not installed
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
