@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
@@ -76,7 +76,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
     Stores ``n_steps`` steps of ``n_envs`` environments, computes advantages and returns, and hands out the data set.
 
     The public arrays have shape ``[n_steps, n_envs, ...]`` at all times. Their memory is laid out environment by environment,
-    so that the data set in SB3's order (environment-major) is a view of them, not a copy. Dict observations are held as a
+    so that the data set in SB3's order (environment-major) is a view of them, not a copy. Images ``[channels, height, width]``
+    lie channels-last in it, as environments make them and convolutions like them. Dict observations are held as a
     dict of arrays. It is a drop-in for SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``: SB3's own PPO trains on it.
 
     :param buffer_size: n_steps, steps per environment and rollout
@@ -109,12 +110,9 @@ class ScratchRolloutBuffer(RolloutBuffer):
         self.gae_lambda = gae_lambda
         self.gamma = gamma
         if isinstance(observation_space, spaces.Dict):
-            self.observations = {
-                key: self._allocate(get_obs_shape(space), space.dtype)  # type: ignore[arg-type]  # a Dict does not nest
-                for key, space in observation_space.spaces.items()
-            }
+            self.observations = {key: self._allocate_obs(space) for key, space in observation_space.spaces.items()}
         else:
-            self.observations = self._allocate(self.obs_shape, observation_space.dtype)
+            self.observations = self._allocate_obs(observation_space)
         self.actions = self._allocate((self.action_dim,), action_space.dtype)
         self.dist_params = None
         for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
@@ -123,6 +121,13 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike | None) -> np.ndarray:
         return np.zeros((self.n_envs, self.buffer_size, *shape), dtype=dtype).swapaxes(0, 1)
+
+    def _allocate_obs(self, space: spaces.Space) -> np.ndarray:
+        shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
+        if is_image_space(space) and shape[0] < min(shape[1:]):
+            channels, height, width = shape
+            return np.moveaxis(self._allocate((height, width, channels), space.dtype), -1, -3)
+        return self._allocate(shape, space.dtype)
 
     def reset(self) -> None:
         """Begin a new rollout; the storage is used again."""

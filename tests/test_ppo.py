@@ -68,11 +68,11 @@ class Collect(BaseCallback):
         self.rollout_end_names |= set(self.locals)
 
 
-def test_constructor_is_sb3s_and_an_engine() -> None:
+def test_constructor_is_sb3s_and_engine_and_precision() -> None:
     theirs = list(inspect.signature(PPO.__init__).parameters.values())
     ours = list(inspect.signature(ScratchPPO.__init__).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert (ours[-1].name, ours[-1].default) == ("engine", "auto")
+    assert [(p.name, p.default, p.kind) for p in ours[:-2]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert [(each.name, each.default) for each in ours[-2:]] == [("engine", "auto"), ("precision", "fp32")]
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)
 

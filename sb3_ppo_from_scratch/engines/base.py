@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -58,14 +58,18 @@ class Engine(ABC):
     optimizer's state per parameter.
 
     :param policy: the policy to work on
+    :param precision: number format of the networks' products, one of :attr:`precisions`
     """
 
-    name: str
-    batched_bootstrap: bool = True
+    name: ClassVar[str]
+    batched_bootstrap: ClassVar[bool] = True
     """Whether the values behind the time limits of one step may be asked for in one call, which may round differently."""
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    """What ``precision`` may be."""
 
-    def __init__(self, policy: ActorCriticPolicy):
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
         self.policy = policy
+        self.precision = precision
 
     @classmethod
     @abstractmethod

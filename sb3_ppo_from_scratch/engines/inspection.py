@@ -6,7 +6,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-__all__ = ["modified_reason"]
+__all__ = ["has_hooks", "modified_reason", "replaced_method"]
 
 
 def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module], ...]) -> str | None:
@@ -17,10 +17,9 @@ def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module],
     :param built_ins: the modules that it may consist of, no subclasses
     :return: the reason not to work by hand; ``None`` if there is none
     """
-    replaced = [name for name in vars(policy) if callable(getattr(type(policy), name, None))]
-    if replaced:
-        return f"the policy's {replaced[0]} was replaced"
-    if _has_hooks(policy) or nn.modules.module._has_any_global_hook():
+    if name := replaced_method(policy):
+        return f"the policy's {name} was replaced"
+    if has_hooks(policy):
         return "there are hooks on the policy or on all modules"
     for name, module in policy.named_modules():
         if module is not policy and (reason := _module_reason(module, built_ins)):
@@ -46,8 +45,15 @@ def _module_reason(module: nn.Module, built_ins: tuple[type[nn.Module], ...]) ->
         return "has no bias"
     if "forward" in vars(module):
         return "has had its forward method replaced"
-    return "has hooks" if _has_hooks(module) else None
+    return "has hooks" if has_hooks(module) else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+def replaced_method(policy: ActorCriticPolicy) -> str | None:
+    """A method of this very object that is not its class's."""
+    return next((name for name in vars(policy) if callable(getattr(type(policy), name, None))), None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called besides the module's own ``forward``; such calls would be missed."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or nn.modules.module._has_any_global_hook())

@@ -7,7 +7,7 @@ The gradient comes from autograd, or for a plain ``MlpPolicy`` from the same ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -38,8 +38,8 @@ class TorchEngine(Engine):
     name = "torch"
     batched_bootstrap = False
 
-    def __init__(self, policy: ActorCriticPolicy):
-        super().__init__(policy)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+        super().__init__(policy, precision)
         self._network = ClosedFormMlp.of(policy)
 
     @classmethod
@@ -66,9 +66,24 @@ class TorchEngine(Engine):
             actions, values, log_probs, dist_params = self._network.act(obs)  # type: ignore[arg-type]  # a Box's are tensors
         else:
             with UncheckedDistributions():
-                actions, values, log_probs = self.policy(obs)
+                actions, values, log_probs = self._forward(obs)
             dist_params = self._dist_params(len(log_probs))
         return PolicyStep(actions.cpu().numpy(), values, log_probs, dist_params)
+
+    def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Actions, values and log-probabilities, in any policy's own words; a faster network has its own."""
+        return self.policy(obs)
+
+    def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Values, log-probabilities and entropy of a minibatch, likewise."""
+        return self.policy.evaluate_actions(obs, actions)
+
+    def _minibatches(self, buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
+        """How to draw one epoch's minibatches."""
+        return minibatch_source(buffer)
+
+    def _optimizer_step(self, max_grad_norm: float) -> ClippedStep:
+        return ClippedStep(self.policy, max_grad_norm)
 
     @th.no_grad()
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
@@ -81,11 +96,11 @@ class TorchEngine(Engine):
 
     def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
         """The training loop: several epochs over the one data set, each in random minibatches, each minibatch one step."""
-        minibatches = minibatch_source(buffer)
+        minibatches = self._minibatches(buffer)
         self._network = ClosedFormMlp.of(self.policy)
         gradient = self._autograd if self._network is None else partial(self._closed_form, self._network)
         stats = UpdateStats()
-        with UncheckedDistributions(), ClippedStep(self.policy, config.max_grad_norm) as optimizer:
+        with UncheckedDistributions(), self._optimizer_step(config.max_grad_norm) as optimizer:
             while stats.epochs < config.n_epochs and not stats.stopped_early:
                 stats.begin_epoch()
                 old_and_new: list[tuple[th.Tensor, th.Tensor]] = []
@@ -110,7 +125,7 @@ class TorchEngine(Engine):
         actions = batch.actions
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        values, log_prob, entropy = self._evaluate(batch.observations, actions)
         dist_params = self._dist_params(len(log_prob))
         loss = ppo_loss(values.flatten(), log_prob, entropy, **_loss_arguments(batch, config))
         return loss, dist_params, loss.total.backward

@@ -51,8 +51,8 @@ class NumpyEngine(Engine):
 
     name = "numpy"
 
-    def __init__(self, policy: ActorCriticPolicy):
-        super().__init__(policy)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+        super().__init__(policy, precision)
         self._attach()
 
     @classmethod
