@@ -46,15 +46,22 @@ class RolloutData(NamedTuple):
         """Number of transitions, B."""
         return self.advantages.shape[0]
 
-    def take(self, indices: th.Tensor) -> RolloutData:
+    def take(self, indices: th.Tensor, channels_last: bool = False) -> RolloutData:
         """
         :param indices: ``[b]``, int64, on the data's device
+        :param channels_last: whether images are to lie channels-last in memory, as in the buffer; torch makes them channels-first
         :return: a copy of those transitions, in that order
         """
+
+        def select(values: th.Tensor) -> th.Tensor:
+            if channels_last and values.dim() == 4:
+                return values.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+            return values.index_select(0, indices)
+
         if isinstance(self.observations, dict):
-            observations: Observations = {key: value.index_select(0, indices) for key, value in self.observations.items()}
+            observations: Observations = {key: select(value) for key, value in self.observations.items()}
         else:
-            observations = self.observations.index_select(0, indices)
+            observations = select(self.observations)
         rest = (None if field is None else field.index_select(0, indices) for field in self[1:])
         return RolloutData(observations, *rest)  # type: ignore[arg-type]  # the fields keep their order and kind
 
@@ -250,7 +257,11 @@ class ScratchRolloutBuffer(RolloutBuffer):
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
     array = source.numpy(force=True) if isinstance(source, th.Tensor) else np.asarray(source)
-    target[...] = array.reshape(target.shape)
+    array = array.reshape(target.shape)
+    if target.dtype == np.uint8 and target.ndim == 4:  # torch transposes images three times as fast as NumPy
+        th.from_numpy(target).copy_(th.from_numpy(array))
+    else:
+        target[...] = array
 
 
 def dataset_of(buffer: RolloutBuffer) -> RolloutData | None:

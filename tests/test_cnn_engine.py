@@ -218,6 +218,15 @@ def test_frames_lie_in_memory_as_environments_make_them() -> None:
     assert data.data_ptr() == buffer.observations.ctypes.data, "a copy"
 
 
+def test_a_selection_can_keep_the_layout() -> None:
+    data, rows = full_buffer(make_policy()).dataset(), th.tensor([7, 3, 20])
+    kept, plain = data.take(rows, channels_last=True).observations, data.take(rows).observations
+    assert kept.is_contiguous(memory_format=th.channels_last)
+    assert plain.is_contiguous(), "SB3's kernels give SB3's bits for channels-first frames only"
+    assert th.equal(kept, plain)
+    assert th.equal(kept, data.observations[rows])
+
+
 def test_minibatches_pass_through_the_same_memory() -> None:
     data = full_buffer(make_policy()).dataset()
     loader = FrameLoader(data, th.bfloat16)
