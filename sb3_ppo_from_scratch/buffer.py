@@ -49,7 +49,7 @@ class RolloutData(NamedTuple):
     def take(self, indices: th.Tensor, channels_last: bool = False) -> RolloutData:
         """
         :param indices: ``[b]``, int64, on the data's device
-        :param channels_last: whether images are to lie channels-last in memory, as in the buffer; torch makes them channels-first
+        :param channels_last: whether images are to lie channels-last in memory as in the buffer; torch would change that
         :return: a copy of those transitions, in that order
         """
 
@@ -228,7 +228,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self._flatten(self.returns),
             None if self.dist_params is None else self._flatten(self.dist_params),
         )
-        return data if self.valid is None else data.take(self._transitions(self.valid))
+        return data if self.valid is None else data.take(self._transitions(self.valid), channels_last=True)
 
     def _transitions(self, valid: np.ndarray) -> th.Tensor:
         if not valid.any():

@@ -21,7 +21,15 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ob
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
-from sb3_ppo_from_scratch.engines import ENGINE_NAMES, PRECISIONS, Engine, UpdateConfig, engine_class, has_bf16_instructions
+from sb3_ppo_from_scratch.engines import (
+    ENGINE_NAMES,
+    PRECISIONS,
+    Engine,
+    UpdateConfig,
+    engine_class,
+    has_bf16_instructions,
+    make_engine,
+)
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from sb3_ppo_from_scratch.stats import UpdateStats
@@ -286,8 +294,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         engine = self._engine
         stale = engine is None or engine.policy is not self.policy or self.engine not in ("auto", engine.name)
         if engine is None or stale or engine.unsupported_reason(self.policy) is not None:
-            chosen = engine_class(self.engine, self.policy, self.precision)
-            engine = self._engine = chosen(self.policy, self.precision)
+            engine = self._engine = make_engine(self.engine, self.policy, self.precision)
             if self.verbose >= 1:
                 print(f"Using the {engine.name} engine")
         return engine

@@ -343,17 +343,14 @@ def test_the_reference_has_one_precision() -> None:
         ScratchPPO("CnnPolicy", make_env(), engine="torch", precision="bf16")
 
 
-def test_what_a_callback_makes_unsupported_still_trains() -> None:
-    policy = make_policy()
-    buffer = full_buffer(policy)
-    engine = make_engine("channels_last", policy)
+def test_what_becomes_unsupported_goes_to_the_reference() -> None:
+    model = ScratchPPO("CnnPolicy", make_env(), **SIZES).learn(32)
+    assert type(model._engine) is ChannelsLastEngine
     calls: list[int] = []
-    policy.features_extractor.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    engine.begin_rollout()
-    engine.act(th.zeros(2, 2, 36, 36, dtype=th.uint8))
-    engine.predict_values(th.zeros(3, 2, 36, 36, dtype=th.uint8))
-    engine.update(buffer, config(n_epochs=1))
-    assert calls == [2, 3, 8, 8, 8, 6]
+    model.policy.features_extractor.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    model.learn(32)
+    assert type(model._engine) is TorchEngine
+    assert calls
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])

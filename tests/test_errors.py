@@ -58,7 +58,7 @@ NAN = float("nan")
         ("seed", 2**32, ValueError, "at most 4294967295"),
         ("engine", "warp", ValueError, "'auto', .*'torch'"),
         ("precision", "fp8", ValueError, "'fp32', 'bf16'"),
-        ("precision", "bf16", ValueError, "CnnPolicy"),
+        ("precision", "bf16", ValueError, "NatureCNN"),
         ("device", "abacus", ValueError, "'cpu'"),
         ("rollout_buffer_class", dict, TypeError, "subclass of RolloutBuffer"),
     ],

@@ -455,7 +455,7 @@ UNSUPPORTED = {
 def test_what_it_cannot_do_exactly_it_refuses(make: Callable[[], ActorCriticPolicy], reason: str) -> None:
     policy = make()
     assert engine_class("auto", policy) is TorchEngine
-    with pytest.raises(ValueError, match="engine='numpy' cannot serve this model: .*" + f"({reason})"):
+    with pytest.raises(ValueError, match=f"cannot serve this model.*({reason})"):
         engine_class("numpy", policy)
 
 

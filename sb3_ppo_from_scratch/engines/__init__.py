@@ -9,7 +9,16 @@ from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, has_bf16
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 
-__all__ = ["ENGINE_NAMES", "PRECISIONS", "Engine", "PolicyStep", "UpdateConfig", "engine_class", "has_bf16_instructions"]
+__all__ = [
+    "ENGINE_NAMES",
+    "PRECISIONS",
+    "Engine",
+    "PolicyStep",
+    "UpdateConfig",
+    "engine_class",
+    "has_bf16_instructions",
+    "make_engine",
+]
 
 _ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NumpyEngine, ChannelsLastEngine, TorchEngine)}
 
@@ -33,6 +42,15 @@ def engine_class(name: str, policy: ActorCriticPolicy, precision: str = "fp32") 
             return engine
         reasons.append(f"{each}: {reason}")
     raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({'; '.join(reasons)})")
+
+
+def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> Engine:
+    """
+    An engine of :func:`engine_class` for ``policy``.
+
+    :raises ValueError: as there
+    """
+    return engine_class(name, policy, precision)(policy, precision)
 
 
 def _unsupported_reason(engine: type[Engine], policy: ActorCriticPolicy, precision: str) -> str | None:

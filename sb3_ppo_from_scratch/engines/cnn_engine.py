@@ -21,11 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.engines.base import UpdateConfig
-from sb3_ppo_from_scratch.engines.closed_form import has_hooks, has_replaced_methods
+from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
-from sb3_ppo_from_scratch.stats import UpdateStats
 
 __all__ = ["ChannelsLastEngine", "has_bf16_instructions", "nature_features"]
 
@@ -71,51 +69,39 @@ class ChannelsLastEngine(TorchEngine):
     """
 
     name = "channels_last"
+    batched_bootstrap = True
     precisions = tuple(_DTYPES)
 
-    def __init__(self, policy: ActorCriticPolicy):
-        super().__init__(policy)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+        super().__init__(policy, precision)
         # bounds of every pixel are compared to find this out
         self._divisor = 255.0 if policy.normalize_images and is_image_space(policy.observation_space) else 1.0
-        self._applies = True
 
     @classmethod
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         """It computes the features in its own way; the rest of the policy may be anything."""
-        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy) or has_replaced_methods(policy):
-            return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__} or one with methods replaced"
+        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy):
+            return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
+        if name := replaced_method(policy):
+            return f"the policy's {name} was replaced"
         if not policy.share_features_extractor or not _is_as_built(policy.features_extractor):
             return "the features extractor must be SB3's NatureCNN without hooks, shared by actor and critic"
         if any(parameter.device.type != "cpu" or parameter.dtype != th.float32 for parameter in policy.parameters()):
             return "the parameters must be float32 and on the CPU"
         return FusedStep.unsupported_reason(policy.optimizer)
 
-    def begin_rollout(self) -> None:
-        """See :meth:`Engine.begin_rollout`."""
-        super().begin_rollout()
-        self._applies = self.unsupported_reason(self.policy) is None
-
-    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
-        """See :meth:`Engine.update`; what a callback has made unsupported goes through the reference's calls."""
-        self._applies = self.unsupported_reason(self.policy) is None
-        return super().update(buffer, config)
-
     @th.no_grad()
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """See :meth:`Engine.predict_values`."""
-        return self._heads(obs)[0] if self._applies else super().predict_values(obs)
+        return self._heads(obs)[0]
 
     def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        if not self._applies:
-            return super()._forward(obs)
         values, distribution = self._heads(obs)
         actions = distribution.get_actions()
         log_probs = distribution.log_prob(actions)
         return actions.reshape(-1, *self.policy.action_space.shape), values, log_probs  # type: ignore[misc]  # no Dict
 
     def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        if not self._applies:
-            return super()._evaluate(obs, actions)
         values, distribution = self._heads(obs)
         return values, distribution.log_prob(actions), distribution.entropy()
 
@@ -131,12 +117,12 @@ class ChannelsLastEngine(TorchEngine):
         """The same minibatches, with frames as the first convolution wants them. Each is gone when the next one comes."""
         source = minibatch_source(buffer)
         data = getattr(source, "__self__", None)
-        if not self._applies or not isinstance(data, RolloutData) or not isinstance(data.observations, th.Tensor):
+        if not isinstance(data, RolloutData) or not isinstance(data.observations, th.Tensor):
             return source
         return FrameLoader(data, _DTYPES[self.precision]).minibatches
 
     def _optimizer_step(self, max_grad_norm: float) -> ClippedStep:
-        return (FusedStep if self._applies else ClippedStep)(self.policy, max_grad_norm)
+        return FusedStep(self.policy, max_grad_norm)
 
 
 class FrameLoader:
