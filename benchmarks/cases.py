@@ -138,7 +138,8 @@ def make_env(case: Case, contestant: Contestant, seed: int) -> Any:
         return make_native_atari_env(case.env_id, n_envs=n_envs, seed=seed, backend=kind)
     vec_env_cls = SubprocVecEnv if kind == "subproc" else DummyVecEnv
     if "NoFrameskip" in case.env_id:
-        return VecFrameStack(make_atari_env(case.env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
+        env_id = f"ale_py:{case.env_id}"  # registers the games in subprocesses, too
+        return VecFrameStack(make_atari_env(env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
     return make_vec_env(case.env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls)
 
 
