@@ -81,7 +81,7 @@ CASES: dict[str, Case] = {
     "breakout": Case(
         "Breakout, rl-zoo3's settings",
         "BreakoutNoFrameskip-v4",
-        3_072,
+        2_048,
         lambda: load_task("atari"),
         ("dummy", "ale", "envpool"),
         _LARGE,

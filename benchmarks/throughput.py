@@ -74,7 +74,7 @@ def run_case(case: str, options: argparse.Namespace) -> Record:
     candidates, others = contestants(CASES[case], options.threads)
     skipped = {f"{other.title} ({other.envs})": missing(other) for other in others}
     present = [other for other in others if missing(other) is None]
-    tried = {each: run(case, each, options)["seconds"] for each in candidates} if len(candidates) > 1 else {}
+    tried = _try_settings(case, candidates, options) if len(candidates) > 1 else {}
     baseline = min(tried, key=lambda each: tried[each]) if tried else candidates[0]
     field = [baseline, *present]
     rounds = []
@@ -94,6 +94,15 @@ def run_case(case: str, options: argparse.Namespace) -> Record:
             for i, each in enumerate(field)
         ],
     }
+
+
+def _try_settings(case: str, candidates: list[Contestant], options: argparse.Namespace) -> dict[Contestant, float]:
+    """Seconds that each takes, once."""
+    seconds = {}
+    for each in candidates:
+        seconds[each] = run(case, each, options)["seconds"]
+        print(f"{case}: {each.title} on {each.envs} with {each.threads} threads {seconds[each]:.1f} s", flush=True)
+    return seconds
 
 
 def _ratios(a_round: list[dict[str, float]]) -> list[float]:
