@@ -172,7 +172,7 @@ def make_native_atari_env(
 
     - Images are ``[n_stack, height, width]``, not ``[height, width, n_stack]``: what SB3 transposes them to for ``CnnPolicy``.
     - Greys are taken before the maximum over two frames, not after it. Where something moves over a background of another
-      colour, its edge can be up to 30 levels darker than SB3's: in up to 0.2% of the pixels in Pong, in none in Breakout.
+      colour, its edge can be up to 30 of 255 levels darker than SB3's: in no pixel in Breakout, in 1.6% of them in Freeway.
     - The number of no-ops at a game's start comes from another generator; with ``"ale"`` it can also be 0.
     - The time limit of 108,000 frames counts them from the last no-op on.
     - A new call of ``reset`` begins new games, even in the middle of one.
