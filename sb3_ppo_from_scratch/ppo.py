@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pathlib
 import time
 import warnings
 from functools import cached_property
@@ -15,14 +17,16 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES, Engine, UpdateConfig, make_engine
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from sb3_ppo_from_scratch.safe_load import check_weights, safe_archive, weights_archive
 from sb3_ppo_from_scratch.stats import UpdateStats
 from sb3_ppo_from_scratch.validation import (
     check_action_space,
@@ -449,6 +453,60 @@ class ScratchPPO(OnPolicyAlgorithm):
         """
         with errors_for_assertions("env"):
             super().set_env(env, force_reset=force_reset)
+
+    @classmethod
+    def load(
+        cls: type[SelfScratchPPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> SelfScratchPPO:
+        """
+        A saved model, ours or SB3's. By default nothing that the file holds is run (:mod:`sb3_ppo_from_scratch.safe_load`).
+
+        :param path: the file, with or without ``.zip``, or an open binary file
+        :param env: the environments to go on with; ``None`` for a model that only predicts
+        :param device: see the constructor
+        :param custom_objects: values by the name of the field that they replace; what they replace is not read
+        :param print_system_info: whether to print on what machine the model was saved
+        :param force_reset: whether to reset ``env`` before training goes on
+        :param allow_pickle: for a file that you trust: unpickle it as SB3 does, your own classes and functions included
+        :param kwargs: attributes to change
+        :return: the model
+        :raises UnsafeFileError: if the file holds more than built-in policies, spaces, schedules and plain data, or is made to
+            harm its reader; the message says what to do if you trust it
+        :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
+        """
+        check_flag("allow_pickle", allow_pickle)
+        if not allow_pickle:
+            path, custom_objects = safe_archive(path, custom_objects, cls)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Put weights and optimizer state in place, from a saved model or from what ``get_parameters`` returned.
+
+        :param load_path_or_dict: a file, or state dicts by name
+        :param exact_match: whether all of the model's state dicts, with all parameters, must be there
+        :param device: where tensors of a file go
+        :raises UnsafeFileError: see :meth:`load`; a file's weights are never unpickled
+        :raises ValueError: if a tensor has not its parameter's shape; then none is changed
+        """
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            params = load_from_zip_file(weights_archive(params), device=get_device(device), load_data=False)[1]
+        check_weights(self.policy, params)
+        super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_engine"]
