@@ -19,6 +19,7 @@ import io
 import json
 import pathlib
 import pickle
+import re
 import stat
 import warnings
 import zipfile
@@ -151,7 +152,10 @@ def _seed_sequence(kind: Any, checksum: Any, state: Any) -> np.random.SeedSequen
 
 def _storage(data: Any) -> Any:
     """A tensor's memory, read by torch's own restricted loader (torch itself would unpickle it here without restriction)."""
-    return load_torch(data, "a tensor")
+    try:
+        return load_torch(data, "a tensor")
+    except UnsafeFileError as error:
+        raise _Refused("a tensor", str(error)) from None
 
 
 def _tensor(
@@ -467,6 +471,10 @@ def _read_archive(file: Any, name: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
+            if (
+                members and min(member.header_offset for member in members) > 0
+            ):  # the weights' own archive may be all that is left
+                raise zipfile.BadZipFile("it does not begin at its beginning")
             _check_members(members, size, name)
             return {member.filename: archive.read(member) for member in members if not member.is_dir()}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
@@ -519,7 +527,11 @@ def load_torch(data: bytes, field: str, device: th.device | str = "cpu") -> Any:
     try:
         return th.load(io.BytesIO(data), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UnsafeFileError(f"{field} holds more than tensors: {str(error).splitlines()[0]}") from error
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise UnsafeFileError(
+            f"{field} holds {name[1] if name else 'more than tensors'}: only tensors and plain data are read, and no save writes "
+            "anything else there. Nothing of it was run"
+        ) from error
     except Exception as error:  # as for pickles
         raise ValueError(f"{field} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
@@ -634,16 +646,16 @@ def _read_model(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, bytes
     missing = [name for name in ("data", "policy.pth", "policy.optimizer.pth") if name not in files]
     if missing:
         raise ValueError(f"{path} is not a model of PPO: the archive has no {', '.join(missing)}")
-    for name, content in files.items():
-        if name.endswith(".pth"):
-            load_torch(content, name)
     return files
 
 
 def _stored(files: dict[str, bytes]) -> io.BytesIO:
+    """The archive again, uncompressed, once its weights are known to be nothing but weights."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, content in files.items():
+            if name.endswith(".pth"):
+                load_torch(content, name)
             archive.writestr(name, content)
     stream.seek(0)
     return stream
