@@ -24,6 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES, Engine, UpdateConfig, make_engine
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.guards import NAN_POLICIES, check_finite, check_rollout, check_step
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
 from sb3_ppo_from_scratch.safe_load import check_weights, safe_archive, weights_archive
@@ -82,6 +84,8 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, or ``"auto"``, the fastest that supports the policy
+    :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
+        ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -122,6 +126,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         engine: str = "auto",
+        nan_policy: str = "raise",
     ):
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
@@ -159,7 +164,9 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.engine = engine
+        self.nan_policy = nan_policy
         self._engine: Engine | None = None
+        self._warned_of_skipped = False
         if _init_setup_model:
             self._setup_model()
             self._check_rollout_size()
@@ -224,6 +231,8 @@ class ScratchPPO(OnPolicyAlgorithm):
             check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.engine not in ENGINE_NAMES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"nan_policy must be one of {', '.join(map(repr, NAN_POLICIES))}, not {self.nan_policy!r}")
         buffer_class = self.rollout_buffer_class
         if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
             raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
@@ -310,8 +319,12 @@ class ScratchPPO(OnPolicyAlgorithm):
         logged = True
         while self.num_timesteps < total_timesteps:
             start = time.perf_counter()
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
-                break
+            try:
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
+                    break
+            except NonFiniteError:
+                self._last_obs = None  # whatever state the environments are in, the next learn resets them
+                raise
             collected = time.perf_counter()
             iteration += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
@@ -348,6 +361,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         :param rollout_buffer: buffer to fill, of ``n_rollout_steps`` steps
         :param n_rollout_steps: steps per environment
         :return: whether the rollout is complete; not so if the callback ended training
+        :raises NonFiniteError: for NaN or infinity in observations, rewards, or what the policy makes of them
         """
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
@@ -360,6 +374,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        check_step(self._last_obs, None, 0)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -368,6 +383,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            check_step(new_obs, rewards, n_steps)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
 
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -384,6 +400,7 @@ class ScratchPPO(OnPolicyAlgorithm):
 
         values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]  # as above
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        check_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -416,10 +433,12 @@ class ScratchPPO(OnPolicyAlgorithm):
             vf_coef=self.vf_coef,
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
+            nan_policy=self.nan_policy,
         )
 
     def _record(self, stats: UpdateStats, config: UpdateConfig) -> None:
         metrics = stats.metrics()
+        self._report_skipped(stats)
         if stats.stopped_early and self.verbose >= 1:
             print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
         for key, value in metrics.items():
@@ -434,11 +453,20 @@ class ScratchPPO(OnPolicyAlgorithm):
             self.logger.record("train/clip_range_vf", config.clip_range_vf)
         if callable(self.ent_coef):
             self.logger.record("train/ent_coef", config.ent_coef)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-            raise ValueError(
-                f"the update's loss or gradient is not finite (train/loss={metrics['loss']}, train/grad_norm="
-                f"{metrics.get('grad_norm')}): check observations and rewards for NaN and for very large values, and try a "
-                "lower learning_rate"
+
+    def _report_skipped(self, stats: UpdateStats) -> None:
+        if self.nan_policy == "skip":
+            self.logger.record("train/skipped_minibatches", stats.skipped)
+        if stats.skipped == 0:
+            return
+        if self.nan_policy == "raise":  # of an engine that could not know earlier
+            check_finite("loss or gradient", math.nan)
+        if not self._warned_of_skipped:
+            self._warned_of_skipped = True
+            warnings.warn(
+                f"{stats.skipped} minibatches of this update were left out, since their loss or gradient was not finite "
+                "(nan_policy='skip'); train/skipped_minibatches counts them, and this warning comes once",
+                stacklevel=4,
             )
 
     # ------------------------------------------------------------------ saving
@@ -509,7 +537,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine"]
+        return [*super()._excluded_save_params(), "_engine", "_warned_of_skipped"]
 
 
 def _in_order(array: np.ndarray) -> np.ndarray:

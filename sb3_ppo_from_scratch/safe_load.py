@@ -528,9 +528,9 @@ def load_torch(data: bytes, field: str, device: th.device | str = "cpu") -> Any:
         return th.load(io.BytesIO(data), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
+        what = name[1] if name else "more than tensors"
         raise UnsafeFileError(
-            f"{field} holds {name[1] if name else 'more than tensors'}: only tensors and plain data are read, and no save writes "
-            "anything else there. Nothing of it was run"
+            f"{field} holds {what}: only tensors and plain data are read, no save writes anything else. Nothing of it was run"
         ) from error
     except Exception as error:  # as for pickles
         raise ValueError(f"{field} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}") from error

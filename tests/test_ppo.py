@@ -71,8 +71,9 @@ class Collect(BaseCallback):
 def test_constructor_is_sb3s_and_an_engine() -> None:
     theirs = list(inspect.signature(PPO.__init__).parameters.values())
     ours = list(inspect.signature(ScratchPPO.__init__).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert (ours[-1].name, ours[-1].default) == ("engine", "auto")
+    shared = ours[: len(theirs)]
+    assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
+    assert {p.name: p.default for p in ours[len(theirs) :]} == {"engine": "auto", "nan_policy": "raise"}
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)
 
