@@ -25,7 +25,8 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -47,7 +48,9 @@ __all__ = [
     "read_archive",
     "read_fields",
     "safe_archive",
+    "safe_call",
     "safe_loads",
+    "safe_name",
     "weights_archive",
 ]
 
@@ -271,6 +274,26 @@ def _short(value: Any) -> str:
     return type(value).__name__
 
 
+def _find(module: Any, name: Any) -> Any:
+    """Look a name up in the table; only then may its module be imported."""
+    for old, new in _RENAMED.items():
+        if isinstance(module, str) and module.startswith(old):
+            module = new + module[len(old) :]
+    use = _TABLE.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
+    if use is None:
+        raise _Refused(f"{_text(module)}.{_text(name)}", "it is not among the objects that are safe to build")
+    if callable(use):
+        return _Call(use)
+    return getattr(importlib.import_module(module), name)
+
+
+def _call(called: Any, arguments: Any) -> Any:
+    """A call: of the functions here that stand in the table, nothing else."""
+    if not isinstance(called, _Call) or not isinstance(arguments, tuple):
+        raise _Refused(f"a call of {_name(called)}", "it may be named, not called")
+    return called.function(*arguments)
+
+
 _PickleMachine: Any = pickle._Unpickler  # the one written in Python: of the other one no single step can be replaced
 
 
@@ -278,24 +301,13 @@ class _SafeUnpickler(_PickleMachine):
     """Builds what :data:`ALLOWED` holds. Every step of a pickle that could call something is replaced here, or refused."""
 
     def find_class(self, module: Any, name: Any) -> Any:
-        """Look a name up in the table; only then may its module be imported."""
-        for old, new in _RENAMED.items():
-            if isinstance(module, str) and module.startswith(old):
-                module = new + module[len(old) :]
-        use = _TABLE.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-        if use is None:
-            raise _Refused(f"{_text(module)}.{_text(name)}", "it is not among the objects that are safe to build")
-        if callable(use):
-            return _Call(use)
-        return getattr(importlib.import_module(module), name)
+        """See :func:`_find`."""
+        return _find(module, name)
 
     def reduce(self) -> None:
-        """A call: of the functions here that stand in the table, nothing else."""
+        """See :func:`_call`."""
         arguments = self.stack.pop()
-        called = self.stack[-1]
-        if not isinstance(called, _Call) or not isinstance(arguments, tuple):
-            raise _Refused(f"a call of {_name(called)}", "it may be named, not called")
-        self.stack[-1] = called.function(*arguments)
+        self.stack[-1] = _call(self.stack[-1], arguments)
 
     def new(self) -> None:
         """An empty object of a class."""
@@ -430,9 +442,50 @@ def safe_loads(data: bytes, field: str, remedy: str = "load with allow_pickle=Tr
     :raises UnsafeFileError: if it holds anything that :data:`ALLOWED` does not; nothing has been run or imported for it
     :raises ValueError: if it is damaged
     """
-    try:
+    with _errors_named(field, remedy):
         value = _SafeUnpickler(io.BytesIO(data)).load()
         _count(value, {})
+    return value
+
+
+def safe_name(name: str, field: str) -> Any:
+    """
+    What stands under a name in :data:`ALLOWED`, for readers of other formats.
+
+    :param name: ``"module.name"``
+    :param field: where it was found, for messages
+    :raises UnsafeFileError: if nothing does, or if it may only be called
+    """
+    with _errors_named(field):
+        module, _, attribute = name.rpartition(".")
+        found = _find(module, attribute)
+        _count(found, {})
+        return found
+
+
+def safe_call(name: str, arguments: Iterable[Any], state: Any, field: str) -> Any:
+    """
+    The object that a call makes, of what :data:`ALLOWED` lets a file call, for readers of other formats.
+
+    :param name: ``"module.name"``
+    :param arguments: of the call
+    :param state: what the object is given then, ``None`` for nothing
+    :param field: where it was found, for messages
+    :raises UnsafeFileError: if it does not stand in the table
+    """
+    with _errors_named(field):
+        module, _, attribute = name.rpartition(".")
+        value = _call(_find(module, attribute), tuple(arguments))
+        if state is not None:
+            _set_state(value, state)
+        _count(value, {})
+        return value
+
+
+@contextmanager
+def _errors_named(field: str, remedy: str = "load with allow_pickle=True") -> Iterator[None]:
+    try:
+        yield
     except _Refused as error:
         raise UnsafeFileError(
             f"{field} holds {error.what}: {error.why}. Nothing of it was run. If you trust the file, {remedy}"
@@ -441,7 +494,6 @@ def safe_loads(data: bytes, field: str, remedy: str = "load with allow_pickle=Tr
         raise ValueError(f"{field} needs a package that is not installed: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way; none of them is the caller's
         raise ValueError(f"{field} is damaged: {type(error).__name__}: {error}") from error
-    return value
 
 
 # ------------------------------------------------------------------ the archive

@@ -268,7 +268,7 @@ ARGUMENTS = {
 
 
 @given(st.fixed_dictionaries({}, optional=ARGUMENTS))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_clear_error_or_a_working_run(arguments: dict[str, Any]) -> None:
     """Never a crash elsewhere: what is refused is refused by name, and what is accepted trains."""
     small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}
