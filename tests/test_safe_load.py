@@ -31,8 +31,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize, safe_load
-from sb3_ppo_from_scratch.safe_load import ALLOWED, read_archive, safe_loads
+from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize
+from sb3_ppo_from_scratch.safe_load import read_archive, read_fields
+from sb3_ppo_from_scratch.safe_pickle import ALLOWED, BUILT, NAMED, safe_loads
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
 
@@ -143,7 +144,7 @@ def test_no_payload_runs_in_any_field(payload: Callable[[str], bytes], files: Fi
     for name in json.loads(files["data"]).keys() - {"lr_schedule"}:
         data = read_archive(with_fields(files, **{name: pickled}))["data"]
         with pytest.raises(UnsafeFileError, match=rf"field '{name}' .*allow_pickle=True.*custom_objects=\{{'{name}'"):
-            safe_load.read_fields(data)
+            read_fields(data)
     with pytest.raises(UnsafeFileError, match=r"field 'policy_kwargs'"):
         ScratchPPO.load(with_fields(files, policy_kwargs=pickled))
     ScratchPPO.load(with_fields(files, lr_schedule=pickled))  # computed anew; what the file says is not read
@@ -559,6 +560,6 @@ def test_the_users_own_classes_need_trust(files: Files) -> None:
 def test_every_row_of_the_table_is_there() -> None:
     for row in ALLOWED:
         for name in row.names:
-            if row.use in (safe_load.NAMED, safe_load.BUILT) and (row.module != "rl_zoo3.utils" or "rl_zoo3" in sys.modules):
+            if row.use in (NAMED, BUILT) and (row.module != "rl_zoo3.utils" or "rl_zoo3" in sys.modules):
                 assert hasattr(importlib.import_module(row.module), name)
         assert row.why
