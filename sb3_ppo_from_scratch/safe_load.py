@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -270,4 +271,21 @@ def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, allow_pickle: boo
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the statistics of VecNormalize")
     with errors_for_assertions(f"the statistics in {path} do not fit the environments"):
         loaded.set_venv(venv)
+    _check_statistics(loaded, path)
     return loaded
+
+
+def _check_statistics(env: VecNormalize, path: str | pathlib.Path) -> None:
+    """As :func:`check_weights`, for means and variances."""
+    by_key = env.obs_rms if isinstance(getattr(env, "obs_rms", None), dict) else {"": getattr(env, "obs_rms", None)}
+    space = env.observation_space
+    for key, statistics in by_key.items():
+        of = space.spaces.get(key) if isinstance(space, spaces.Dict) else space
+        if statistics is None or of is None:  # observations are not normalized
+            continue
+        for name in ("mean", "var"):
+            value = np.asarray(getattr(statistics, name, None))
+            if value.shape != of.shape:
+                raise ValueError(f"obs_rms.{name} {key} in {path} must have shape {of.shape}, not {value.shape}")
+            if not np.isfinite(value).all():
+                warnings.warn(f"obs_rms.{name} {key} in {path} is not finite: observations will not be, either", stacklevel=3)

@@ -25,6 +25,15 @@ import numpy as np
 import torch as th
 
 from sb3_ppo_from_scratch.errors import UnsafeFileError
+from sb3_ppo_from_scratch.old_schedules import (
+    OldFunction,
+    make_cell,
+    make_code,
+    make_empty_cell,
+    make_function,
+    set_function_state,
+    to_schedule,
+)
 
 __all__ = ["ALLOWED", "BUILT", "NAMED", "Allowed", "load_torch", "safe_call", "safe_loads", "safe_name"]
 
@@ -148,6 +157,13 @@ def _path(*parts: Any) -> pathlib.Path:
     return pathlib.Path(*map(str, parts))
 
 
+def _builtin_type(name: Any) -> _Call:
+    """What cloudpickle calls to make a function; here it makes none."""
+    if name not in ("CodeType", "FunctionType"):
+        raise _Refused(f"types.{_text(name)}", "it is not among the objects that are safe to build")
+    return _Call(make_code if name == "CodeType" else make_function)
+
+
 _DTYPES = {"?", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 _ACTIVATIONS = (
@@ -182,6 +198,13 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("rl_zoo3.utils", ("SimpleLinearSchedule",), BUILT, "schedules of models that rl-zoo3 trained"),
     Allowed("stable_baselines3.common.running_mean_std", ("RunningMeanStd",), BUILT, "VecNormalize"),
     Allowed("stable_baselines3.common.vec_env.vec_normalize", ("VecNormalize",), BUILT, "VecNormalize"),
+    # schedules of SB3 before 2.7: functions, of which only the name and the numbers are used
+    Allowed("cloudpickle.cloudpickle", ("_builtin_type",), _builtin_type, "old schedules"),
+    Allowed("cloudpickle.cloudpickle", ("_make_function",), make_function, "old schedules"),
+    Allowed("cloudpickle.cloudpickle", ("_make_empty_cell",), make_empty_cell, "old schedules"),
+    Allowed("cloudpickle.cloudpickle", ("_make_cell",), make_cell, "old schedules"),
+    Allowed("cloudpickle.cloudpickle", ("_function_setstate",), set_function_state, "old schedules"),
+    Allowed("builtins", ("float", "int", "bool"), NAMED, "their annotations"),
     # plain data
     Allowed("collections", ("OrderedDict",), OrderedDict, "dict observations, nothing but a dict"),
     Allowed("collections", ("deque",), deque, "ep_info_buffer, nothing but a list"),
@@ -213,7 +236,12 @@ ALLOWED: tuple[Allowed, ...] = (
 # fmt: on
 
 _TABLE = {(row.module, name): row.use for row in ALLOWED for name in row.names}
-_RENAMED = {"gym.spaces.": "gymnasium.spaces.", "numpy.core.": "numpy._core.", "pathlib._local": "pathlib"}
+_RENAMED = {
+    "gym.spaces.": "gymnasium.spaces.",
+    "numpy.core.": "numpy._core.",
+    "pathlib._local": "pathlib",
+    "cloudpickle.cloudpickle_fast": "cloudpickle.cloudpickle",
+}
 """Beginnings of module names in files of other versions, and what they are called in the table."""
 
 
@@ -367,13 +395,24 @@ def _set_attributes(target: Any, state: dict[Any, Any]) -> None:
     if hasattr(kind, "__setstate__"):
         target.__setstate__(state)
     else:
-        vars(target).update(state)
+        vars(target).update({name: _schedule(value) for name, value in state.items()})
+
+
+def _schedule(value: Any) -> Any:
+    """A function of an old file as the schedule that it was; anything else as it is."""
+    try:
+        return to_schedule(value)
+    except LookupError as error:
+        raise _Refused(str(error), "it is not one of SB3's schedules") from None
 
 
 def _count(value: Any, counted: dict[int, int | None], depth: int = 0) -> int:
     """Values in ``value``, itself included; what is shared counts as often as it is met, as for whoever walks through it."""
     if isinstance(value, _Call):
         raise _Refused("a function", "it may be called, not kept")
+    if isinstance(value, OldFunction):
+        _schedule(value)
+        raise _Refused("a function", "only a field that is a schedule may hold one")
     if id(value) in counted:
         known = counted[id(value)]
         if known is None:
@@ -410,7 +449,7 @@ def safe_loads(data: bytes, field: str, remedy: str = "load with allow_pickle=Tr
     :raises ValueError: if it is damaged
     """
     with _errors_named(field, remedy):
-        value = _SafeUnpickler(io.BytesIO(data)).load()
+        value = _schedule(_SafeUnpickler(io.BytesIO(data)).load())
         _count(value, {})
     return value
 

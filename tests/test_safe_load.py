@@ -12,6 +12,7 @@ import pickle
 import stat
 import struct
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, constant_fn, get_linear_fn, get_schedule_fn
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize
@@ -545,6 +546,19 @@ def test_statistics_load_the_same_either_way(tmp_path: Path) -> None:
         load_vec_normalize(tmp_path / "statistics.pkl", make_vec_env("CartPole-v1", 2))
 
 
+def test_statistics_of_the_wrong_shape_or_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.pkl"
+    env = VecNormalize(make_vec_env("Pendulum-v1"))
+    env.obs_rms.var[0] = np.nan  # type: ignore[union-attr]  # of a Box
+    env.save(str(path))
+    with pytest.warns(UserWarning, match=r"obs_rms\.var .* is not finite"):
+        load_vec_normalize(path, make_vec_env("Pendulum-v1"))
+    env.obs_rms.mean = np.zeros(2)  # type: ignore[union-attr]  # likewise
+    env.save(str(path))
+    with pytest.raises(ValueError, match=r"obs_rms\.mean .* must have shape \(3,\), not \(2,\)"):
+        load_vec_normalize(path, make_vec_env("Pendulum-v1"))
+
+
 def test_the_users_own_classes_need_trust(files: Files) -> None:
     class Mine(th.nn.ReLU):
         pass
@@ -555,6 +569,41 @@ def test_the_users_own_classes_need_trust(files: Files) -> None:
         ScratchPPO.load(stream)
     given_by_hand = ScratchPPO.load(stream, custom_objects={"policy_kwargs": {"activation_fn": Mine}})
     assert_same_model(ScratchPPO.load(stream, allow_pickle=True), given_by_hand)
+
+
+def old_schedules() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "constant": get_schedule_fn(0.2),
+            "linear": get_linear_fn(1e-3, 1e-4, 0.5),
+            "wrapped": get_schedule_fn(get_linear_fn(1e-3, 1e-4, 0.5)),
+            "in a class": FloatSchedule(constant_fn(0.1)),
+        }
+
+
+@pytest.mark.parametrize("name", old_schedules())
+def test_functions_of_old_files_become_schedules(name: str, files: Files) -> None:
+    function = old_schedules()[name]
+    pickled = cloudpickle.dumps(function)
+    assert b"_make_function" in pickled
+    loaded = ScratchPPO.load(with_fields(files, clip_range=pickled)).clip_range
+    assert [loaded(progress) for progress in (1.0, 0.7, 0.2, 0.0)] == [function(progress) for progress in (1.0, 0.7, 0.2, 0.0)]  # type: ignore[operator]  # a schedule
+    assert b"_make_function" not in cloudpickle.dumps(loaded), "saved again, it is of today"
+
+
+def test_a_function_that_borrows_the_name_of_a_schedule_is_not_run(files: Files) -> None:
+    def outer(val: Any) -> Callable[[Any], Any]:
+        return lambda _: 1 / 0 * val
+
+    function = outer(0.3)
+    with pytest.raises(UnsafeFileError, match=r"field 'clip_range' holds the function .*outer\.<locals>\.<lambda>"):
+        ScratchPPO.load(with_fields(files, clip_range=cloudpickle.dumps(function)))
+    function.__qualname__, function.__module__ = "constant_fn.<locals>.func", "stable_baselines3.common.utils"
+    pickled = cloudpickle.dumps(function)
+    with pytest.raises(ZeroDivisionError):
+        pickle.loads(pickled)(1.0)
+    assert ScratchPPO.load(with_fields(files, clip_range=pickled)).clip_range(1.0) == 0.3  # type: ignore[operator]  # a schedule
 
 
 def test_every_row_of_the_table_is_there() -> None:
