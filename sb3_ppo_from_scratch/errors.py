@@ -24,3 +24,6 @@ class NonFiniteError(ValueError):
     def __init__(self, name: str, message: str):
         super().__init__(message)
         self.name = name
+
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, str]]:
+        return type(self), (self.name, str(self))  # it may come from another process

@@ -29,7 +29,16 @@ from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_pickle import load_torch, safe_loads
 from sb3_ppo_from_scratch.validation import errors_for_assertions
 
-__all__ = ["check_weights", "load_vec_normalize", "read_archive", "read_fields", "safe_archive", "weights_archive"]
+__all__ = [
+    "check_weights",
+    "load_torch",
+    "load_vec_normalize",
+    "read_archive",
+    "read_fields",
+    "safe_archive",
+    "safe_loads",
+    "weights_archive",
+]
 
 # Bounds on what reading may cost; a model of a gigabyte, or a rollout's worth of pickled values, stays far below them.
 FREE_BYTES = 64 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def test_what_an_environment_sends(what: str, value: float, tmp_path: Path) -> N
     ) as caught:
         model.learn(320, callback=checkpoint)
     assert caught.value.name == what
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert "Likely causes" in str(caught.value)
     assert len(state_of(ScratchPPO.load(tmp_path / "model_32_steps"))) > 0
