@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import io
 import json
 import pathlib
@@ -228,6 +229,11 @@ def _check_kinds(fields: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(fields[name], kind):
             raise ValueError(f"field {name!r} must be a {kind.__name__}, not {type(fields[name]).__name__}")
+    for name in ("observation_space", "action_space"):
+        try:
+            repr(copy.deepcopy(fields[name]))  # reads all that makes it up; a space remembers what it was asked
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"field {name!r} is damaged: {error}") from error
 
 
 def check_weights(policy: ActorCriticPolicy, params: dict[str, Any]) -> None:

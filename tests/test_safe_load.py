@@ -345,6 +345,12 @@ def test_fields_of_the_wrong_kind(name: str, value: Any, files: Files) -> None:
         ScratchPPO.load(with_fields(files, **{name: value}))
 
 
+def test_spaces_that_lack_something(files: Files) -> None:
+    hollow = pickle.dumps(HasState(spaces.Discrete(3), {"_shape": ()}))
+    with pytest.raises(ValueError, match="field 'action_space' is damaged"):
+        ScratchPPO.load(with_fields(files, action_space=hollow))
+
+
 # --------------------------------------------------------------------- pickle bombs
 
 
