@@ -1,8 +1,10 @@
 """ScratchPPO: Proximal Policy Optimization written from scratch, a drop-in for Stable-Baselines3's PPO."""
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.errors import NonFiniteError, UnsafeFileError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.ppo import ScratchPPO
+from sb3_ppo_from_scratch.safe_load import load_vec_normalize
 
 __version__ = "0.1.0"
 
@@ -10,8 +12,11 @@ __all__ = [
     "CnnPolicy",
     "MlpPolicy",
     "MultiInputPolicy",
+    "NonFiniteError",
     "ScratchPPO",
     "ScratchRolloutBuffer",
     "SharedMlpPolicy",
+    "UnsafeFileError",
     "__version__",
+    "load_vec_normalize",
 ]

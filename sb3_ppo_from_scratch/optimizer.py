@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim.adam import adam
+
+from sb3_ppo_from_scratch.guards import reading_waits
 
 __all__ = ["ClippedStep", "FusedStep"]
 
@@ -45,10 +48,11 @@ class ClippedStep:
         else:
             self.optimizer.zero_grad()
 
-    def step(self) -> th.Tensor:
+    def step(self, loss: th.Tensor) -> th.Tensor:
         """
-        One step along the gradients that stand in the parameters.
+        One step along the gradients that stand in the parameters, unless the loss or the gradient's norm is not finite.
 
+        :param loss: scalar, what the gradients are of
         :return: scalar, the norm of the gradient before clipping
         """
         with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
@@ -57,9 +61,10 @@ class ClippedStep:
             if self._may_flatten and _FlatAdam.can_take(self.optimizer, with_gradient):
                 self.flat = _FlatAdam(self.optimizer, with_gradient)
         if self.flat is not None:
-            return self.flat.step(self.max_grad_norm)
+            return self.flat.step(loss, self.max_grad_norm)
         norm = th.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.optimizer.step()
+        if th.isfinite(loss.detach() + norm):
+            self.optimizer.step()
         return norm
 
     def _write_back(self) -> None:
@@ -111,7 +116,8 @@ class _FlatAdam:
         self.parameters = parameters
         self.sizes = [parameter.numel() for parameter in parameters]
         self.vector = self._flatten([parameter.detach() for parameter in parameters])
-        self.gradient = th.empty_like(self.vector)
+        self.gradient = th.zeros_like(self.vector)
+        self.undone = th.zeros((), device=self.vector.device)  # steps
         self.views = self._unflatten(self.vector)
         self._read_state()
 
@@ -122,14 +128,27 @@ class _FlatAdam:
         return len(steps) == 1
 
     @th.no_grad()
-    def step(self, max_grad_norm: float) -> th.Tensor:
+    def step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         gradients: list[th.Tensor] = [parameter.grad for parameter in self.parameters]  # type: ignore[misc]  # none is None
         norm = th.linalg.vector_norm(th.stack(th._foreach_norm(gradients)))  # as torch's clip_grad_norm_ takes it
+        undoes = reading_waits(norm)  # then the step is taken, and undone without anybody asking
+        if not undoes and not math.isfinite(loss.item() + norm.item()):
+            return norm
+        before = [value.clone() for value in self._vectors()] if undoes else []
         th.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
         self.gradient.mul_(th.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
         self._adam()
+        if undoes:
+            finite = th.isfinite(loss + norm)
+            self.undone += ~finite
+            for value, old in zip(self._vectors(), before, strict=True):
+                value.copy_(th.where(finite, value, old))
         th._foreach_copy_(tuple(self.parameters), self.views)
         return norm
+
+    def _vectors(self) -> list[th.Tensor]:
+        """What a step changes, the count of steps excepted."""
+        return [self.vector, *(value for value in self.state.values() if value.dim() > 0)]
 
     def _adam(self) -> None:
         group, state = self.optimizer.param_groups[0], self.state
@@ -157,6 +176,9 @@ class _FlatAdam:
         """Put the moments, and the gradients as they were clipped, where torch has them; an interrupted step is completed."""
         with th.no_grad():
             th._foreach_copy_(tuple(self.parameters), self.views)
+        self.state["step"] -= self.undone.to(self.state["step"])
+        if self.state["step"] == 0:  # as torch has it before the first step
+            return
         for key, value in self.state.items():
             per_parameter = self._unflatten(value) if value.dim() > 0 else [value] * len(self.parameters)
             for parameter, part in zip(self.parameters, per_parameter, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pathlib
 import time
 import warnings
 from functools import cached_property
@@ -16,8 +18,9 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
@@ -30,8 +33,11 @@ from sb3_ppo_from_scratch.engines import (
     has_bf16_instructions,
     make_engine,
 )
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.guards import NAN_POLICIES, check_finite, check_rollout, check_step
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
+from sb3_ppo_from_scratch.safe_load import check_weights, safe_archive, weights_archive
 from sb3_ppo_from_scratch.stats import UpdateStats
 from sb3_ppo_from_scratch.validation import (
     check_action_space,
@@ -92,6 +98,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         the fastest that can serve
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on CPUs that
         have instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+    :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
+        ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -133,6 +141,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         engine: str = "auto",
         precision: str = "fp32",
+        nan_policy: str = "raise",
     ):
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
@@ -171,7 +180,9 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.target_kl = target_kl
         self.engine = engine
         self.precision = precision
+        self.nan_policy = nan_policy
         self._engine: Engine | None = None
+        self._warned_of_skipped = False
         if _init_setup_model:
             self._setup_model()
             self._check_rollout_size()
@@ -252,6 +263,8 @@ class ScratchPPO(OnPolicyAlgorithm):
                 "precision='bf16' is slower than 'fp32' on this CPU, which has no bfloat16 instructions (AVX-512 BF16 or AMX)",
                 stacklevel=4,
             )
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"nan_policy must be one of {', '.join(map(repr, NAN_POLICIES))}, not {self.nan_policy!r}")
         buffer_class = self.rollout_buffer_class
         if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
             raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
@@ -340,8 +353,12 @@ class ScratchPPO(OnPolicyAlgorithm):
         logged = True
         while self.num_timesteps < total_timesteps:
             start = time.perf_counter()
-            if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
-                break
+            try:
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
+                    break
+            except NonFiniteError:
+                self._last_obs = None  # whatever state the environments are in, the next learn resets them
+                raise
             collected = time.perf_counter()
             iteration += 1
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
@@ -378,6 +395,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         :param rollout_buffer: buffer to fill, of ``n_rollout_steps`` steps
         :param n_rollout_steps: steps per environment
         :return: whether the rollout is complete; not so if the callback ended training
+        :raises NonFiniteError: for NaN or infinity in observations, rewards, or what the policy makes of them
         """
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
@@ -391,6 +409,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        check_step(self._last_obs, None, 0)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -400,6 +419,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             reset_rows = None if native is None else native.reset_rows
+            check_step(new_obs, rewards, n_steps)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
 
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -420,6 +440,7 @@ class ScratchPPO(OnPolicyAlgorithm):
 
         values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]  # as above
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        check_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -462,10 +483,12 @@ class ScratchPPO(OnPolicyAlgorithm):
             vf_coef=self.vf_coef,
             max_grad_norm=self.max_grad_norm,
             target_kl=self.target_kl,
+            nan_policy=self.nan_policy,
         )
 
     def _record(self, stats: UpdateStats, config: UpdateConfig) -> None:
         metrics = stats.metrics()
+        self._report_skipped(stats)
         if stats.stopped_early and self.verbose >= 1:
             print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
         for key, value in metrics.items():
@@ -480,11 +503,20 @@ class ScratchPPO(OnPolicyAlgorithm):
             self.logger.record("train/clip_range_vf", config.clip_range_vf)
         if callable(self.ent_coef):
             self.logger.record("train/ent_coef", config.ent_coef)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
-            raise ValueError(
-                f"the update's loss or gradient is not finite (train/loss={metrics['loss']}, train/grad_norm="
-                f"{metrics.get('grad_norm')}): check observations and rewards for NaN and for very large values, and try a "
-                "lower learning_rate"
+
+    def _report_skipped(self, stats: UpdateStats) -> None:
+        if self.nan_policy == "skip":
+            self.logger.record("train/skipped_minibatches", stats.skipped)
+        if stats.skipped == 0:
+            return
+        if self.nan_policy == "raise":  # of an engine that could not know earlier
+            check_finite("loss or gradient", math.nan)
+        if not self._warned_of_skipped:
+            self._warned_of_skipped = True
+            warnings.warn(
+                f"{stats.skipped} minibatches of this update were left out, since their loss or gradient was not finite "
+                "(nan_policy='skip'); train/skipped_minibatches counts them, and this warning comes once",
+                stacklevel=4,
             )
 
     # ------------------------------------------------------------------ saving
@@ -500,8 +532,62 @@ class ScratchPPO(OnPolicyAlgorithm):
         with errors_for_assertions("env"):
             super().set_env(env, force_reset=force_reset)
 
+    @classmethod
+    def load(
+        cls: type[SelfScratchPPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> SelfScratchPPO:
+        """
+        A saved model, ours or SB3's. By default nothing that the file holds is run (:mod:`sb3_ppo_from_scratch.safe_load`).
+
+        :param path: the file, with or without ``.zip``, or an open binary file
+        :param env: the environments to go on with; ``None`` for a model that only predicts
+        :param device: see the constructor
+        :param custom_objects: values by the name of the field that they replace; what they replace is not read
+        :param print_system_info: whether to print on what machine the model was saved
+        :param force_reset: whether to reset ``env`` before training goes on
+        :param allow_pickle: for a file that you trust: unpickle it as SB3 does, your own classes and functions included
+        :param kwargs: attributes to change
+        :return: the model
+        :raises UnsafeFileError: if the file holds more than built-in policies, spaces, schedules and plain data, or is made to
+            harm its reader; the message says what to do if you trust it
+        :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
+        """
+        check_flag("allow_pickle", allow_pickle)
+        if not allow_pickle:
+            path, custom_objects = safe_archive(path, custom_objects, cls)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Put weights and optimizer state in place, from a saved model or from what ``get_parameters`` returned.
+
+        :param load_path_or_dict: a file, or state dicts by name
+        :param exact_match: whether all of the model's state dicts, with all parameters, must be there
+        :param device: where tensors of a file go
+        :raises UnsafeFileError: see :meth:`load`; a file's weights are never unpickled
+        :raises ValueError: if a tensor has not its parameter's shape; then none is changed
+        """
+        params: Any = load_path_or_dict
+        if not isinstance(params, dict):
+            params = load_from_zip_file(weights_archive(params), device=get_device(device), load_data=False)[1]
+        check_weights(self.policy, params)
+        super().set_parameters(params, exact_match, device)
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine"]
+        return [*super()._excluded_save_params(), "_engine", "_warned_of_skipped"]
 
 
 def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:

@@ -24,10 +24,17 @@ class UpdateStats:
     epochs: int = 0
     """Epochs begun; an early stop's own epoch counts, as in SB3."""
     stopped_early: bool = False
+    skipped: int = 0
+    """Minibatches left out since their loss or gradient was not finite; complete once :meth:`metrics` has been asked."""
     kl: th.Tensor | float | None = None
     """Exact KL between old and new policy in nats, the mean over the last epoch's minibatches; ``None`` if not known."""
     _rows: list[tuple[th.Tensor | float, ...]] = field(default_factory=list)
     _last_epoch: int = 0
+
+    @property
+    def _unstepped(self) -> int:
+        """Index of the row without a gradient norm; -1 if there is none."""
+        return len(self._rows) - 1 if self.stopped_early else -1
 
     def begin_epoch(self) -> None:
         """The rows that follow belong to a new epoch."""
@@ -46,15 +53,25 @@ class UpdateStats:
     def metrics(self) -> dict[str, float]:
         """
         Under SB3's names with SB3's values: means over all minibatches; ``approx_kl`` over the last epoch's only; ``loss`` of
-        the last minibatch. ``kl`` and ``grad_norm`` where there are any.
+        the last minibatch. ``kl`` and ``grad_norm`` where there are any; nothing at all if every minibatch was left out.
         """
-        total, policy, value, entropy, approx_kl, clip_fraction, grad_norm = np.ascontiguousarray(_fetch(self._rows).T)
+        if not self._rows:
+            return {}
+        rows = _fetch(self._rows)
+        # a device's host learns only now which steps were undone
+        finite = np.isfinite(rows[:, 0]) & (np.isfinite(rows[:, -1]) | (np.arange(len(rows)) == self._unstepped))
+        self.skipped += int((~finite).sum())
+        if not finite.any():
+            return {}
+        before_last_epoch = min(finite[: self._last_epoch].sum(), finite.sum() - 1)
+        rows = rows[finite]
+        total, policy, value, entropy, approx_kl, clip_fraction, grad_norm = np.ascontiguousarray(rows.T)
         metrics = {
             # SB3 averages these as Python floats, in double precision, and approx_kl as it comes from torch
             "entropy_loss": np.mean(entropy, dtype=np.float64),
             "policy_gradient_loss": np.mean(policy, dtype=np.float64),
             "value_loss": np.mean(value, dtype=np.float64),
-            "approx_kl": np.mean(approx_kl[self._last_epoch :]),
+            "approx_kl": np.mean(approx_kl[before_last_epoch:]),
             "clip_fraction": np.mean(clip_fraction, dtype=np.float64),
             "loss": float(total[-1]),
         }

@@ -14,9 +14,11 @@ import runpy
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.ppo import ScratchPPO
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ SCRIPTS = {
 }
 """The zoo's scripts, and what each does."""
 
+_ALLOW_PICKLE = "--allow-pickle"
 _PROG = "scratch-zoo"
 _INSTALL = "pip install 'sb3-ppo-from-scratch[zoo]'"
 _COMMAND = [sys.executable, "-m", "sb3_ppo_from_scratch.zoo"]
@@ -108,15 +111,22 @@ def main(argv: list[str] | None = None) -> None:
     Run one of the zoo's scripts.
 
     :param argv: the script's name and its arguments; ``None`` for the command line's
-    :raises SystemExit: with status 2 for an unknown script or algorithm, with 1 if rl_zoo3 is missing, or as the script does
+    :raises SystemExit: with status 2 for an unknown script or algorithm, with 1 if rl_zoo3 is missing or a file could not be
+        read without running something in it, or as the script does
     """
     script, arguments = _read_script(sys.argv[1:] if argv is None else argv)
+    trusting = _ALLOW_PICKLE in arguments
+    arguments = [argument for argument in arguments if argument != _ALLOW_PICKLE]
     try:
         register()
     except ModuleNotFoundError as error:
         sys.exit(f"{_PROG}: {error}; {_INSTALL}")
     sys.argv = [f"{_PROG} {script}", *_complete(script, arguments)]
-    _register_in_children()
+    _register_in_children([_ALLOW_PICKLE] if trusting else [])
+    if trusting:
+        _trust_files()
+    else:
+        importlib.import_module("sb3_ppo_from_scratch.zoo_files").read_safely()  # it needs the extra
     if script == "train":
         importlib.import_module("sb3_ppo_from_scratch.zoo_native").offer_native_environments()  # it imports the zoo
     if script in ("enjoy", "load_from_hub"):
@@ -127,7 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     module = f"rl_zoo3.plots.{script}" if "plot" in script else f"rl_zoo3.{script}"
     # rl_zoo3.plots has imported its scripts by the time one of them is run; that is harmless, and runpy warns of it
     warnings.filterwarnings("ignore", "'rl_zoo3.plots", RuntimeWarning, "runpy")
-    runpy.run_module(module, run_name="__main__")
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except UnsafeFileError as error:
+        sys.exit(f"{_PROG} {script}: {error} (here: {_ALLOW_PICKLE})")
 
 
 def _read_script(argv: list[str]) -> tuple[str, list[str]]:
@@ -136,7 +149,14 @@ def _read_script(argv: list[str]) -> tuple[str, list[str]]:
         prog=_PROG,
         usage="%(prog)s SCRIPT [ARGUMENTS]",
         description=f"rl-zoo3's scripts, with --algo {ALGO}. Each explains its arguments: {_PROG} SCRIPT --help",
-        epilog="\n".join(["scripts:", *(f"  {name:{width}}  {what}" for name, what in SCRIPTS.items())]),
+        epilog="\n".join(
+            [
+                f"Every script takes {_ALLOW_PICKLE}: run what model files hold, for those that you trust.",
+                "",
+                "scripts:",
+                *(f"  {name:{width}}  {what}" for name, what in SCRIPTS.items()),
+            ]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("script", metavar="SCRIPT", choices=SCRIPTS, help=argparse.SUPPRESS)
@@ -161,7 +181,12 @@ def _complete(script: str, arguments: list[str]) -> list[str]:
 # ------------------------------------------------------- mending the zoo's scripts
 
 
-def _register_in_children() -> None:
+def _trust_files() -> None:
+    """Models are unpickled as SB3 does; YAML files and statistics are left to the zoo."""
+    ScratchPPO.load = partial(ScratchPPO.load, allow_pickle=True)  # type: ignore[method-assign]  # the zoo does not ask
+
+
+def _register_in_children(flags: list[str]) -> None:
     """``record_training`` and ``benchmark`` start other scripts of the zoo as processes; these must know us too."""
     call = subprocess.call
     ours = {
@@ -172,7 +197,7 @@ def _register_in_children() -> None:
     def call_ours(command: Any, *args: Any, **kwargs: Any) -> int:
         for theirs, replacement in ours.items():
             if isinstance(command, list) and tuple(command[: len(theirs)]) == theirs:
-                command = [*replacement, *command[len(theirs) :]]
+                command = [*replacement, *command[len(theirs) :], *flags]
         return call(command, *args, **kwargs)
 
     subprocess.call = call_ours  # type: ignore[assignment]  # the zoo passes a list, and nothing else

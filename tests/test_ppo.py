@@ -68,11 +68,12 @@ class Collect(BaseCallback):
         self.rollout_end_names |= set(self.locals)
 
 
-def test_constructor_is_sb3s_and_engine_and_precision() -> None:
+def test_constructor_is_sb3s_and_more_at_the_end() -> None:
     theirs = list(inspect.signature(PPO.__init__).parameters.values())
     ours = list(inspect.signature(ScratchPPO.__init__).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-2]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert [(each.name, each.default) for each in ours[-2:]] == [("engine", "auto"), ("precision", "fp32")]
+    shared = ours[: len(theirs)]
+    assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
+    assert {p.name: p.default for p in ours[len(theirs) :]} == {"engine": "auto", "precision": "fp32", "nan_policy": "raise"}
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)
 

@@ -48,6 +48,8 @@ class UpdateConfig:
     vf_coef: float
     max_grad_norm: float
     target_kl: float | None
+    nan_policy: str = "raise"
+    """``"raise"`` or ``"skip"``, for a minibatch whose loss or gradient is not finite"""
 
 
 class Engine(ABC):
@@ -85,7 +87,7 @@ class Engine(ABC):
         Sample one action per environment.
 
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
-        :raises ValueError: if the policy's probabilities are NaN
+        :raises NonFiniteError: if the policy's probabilities are NaN
         """
 
     @abstractmethod
@@ -102,4 +104,7 @@ class Engine(ABC):
 
         :param buffer: full, with advantages and returns
         :param config: this update's coefficients
+        :raises NonFiniteError: before a step along a gradient that is not finite (``nan_policy="raise"``): engines pass each
+            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.guards.check_finite`, or leave it out and count
+            it (``"skip"``). Where asking would make the host wait, the step is undone, and the error comes after the update.
         """

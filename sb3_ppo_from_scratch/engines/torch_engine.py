@@ -22,6 +22,8 @@ from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp, head_gradient
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.guards import accept, reading_waits
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from sb3_ppo_from_scratch.optimizer import ClippedStep
 from sb3_ppo_from_scratch.stats import UpdateStats
@@ -55,9 +57,9 @@ class TorchEngine(Engine):
         except RuntimeError as error:  # torch.multinomial says it with the most general class
             if "probability tensor" not in str(error):
                 raise
-            raise ValueError(NAN_MESSAGE) from error
+            raise NonFiniteError("probabilities", NAN_MESSAGE) from error
         if th.isnan(step.log_probs).any():
-            raise ValueError(NAN_MESSAGE)
+            raise NonFiniteError("probabilities", NAN_MESSAGE)
         return step
 
     def _sample(self, obs: PyTorchObs) -> PolicyStep:
@@ -106,6 +108,8 @@ class TorchEngine(Engine):
                 old_and_new: list[tuple[th.Tensor, th.Tensor]] = []
                 for batch in minibatches(config.batch_size):
                     loss, dist_params, backward = gradient(batch, config)
+                    if not self._sound("loss", loss.total, config, stats):
+                        continue
                     old_dist_params = getattr(batch, "dist_params", None)
                     if old_dist_params is not None and dist_params is not None:
                         old_and_new.append((old_dist_params, dist_params.detach()))
@@ -116,9 +120,15 @@ class TorchEngine(Engine):
                         break
                     optimizer.zero_grad()
                     backward()
-                    stats.add(loss, optimizer.step())
+                    norm = optimizer.step(loss.total)
+                    if self._sound("gradient", norm, config, stats):
+                        stats.add(loss, norm)
             stats.kl = mean_kl(self.policy.action_dist, old_and_new)
         return stats
+
+    def _sound(self, name: str, value: th.Tensor, config: UpdateConfig, stats: UpdateStats) -> bool:
+        """Whether a loss or gradient norm is finite. Where asking means waiting, the step is undone, and the metrics tell."""
+        return reading_waits(value) or accept(name, value.item(), config.nan_policy, stats)
 
     def _autograd(self, batch: RolloutData, config: UpdateConfig) -> Gradient:
         """Of any policy."""

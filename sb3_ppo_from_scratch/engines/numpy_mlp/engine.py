@@ -35,6 +35,8 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, Categori
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, OutputGradients, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, Layers, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.guards import accept
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 from sb3_ppo_from_scratch.stats import UpdateStats
@@ -109,7 +111,7 @@ class NumpyEngine(Engine):
         actions = head.sample(given)
         log_prob = head.log_prob(given, head.encode(actions))
         if not math.isfinite(np.add.reduce(log_prob)):
-            raise ValueError(NAN_MESSAGE)
+            raise NonFiniteError("probabilities", NAN_MESSAGE)
         return PolicyStep(
             actions.reshape(-1, *self._action_shape),
             th.from_numpy(values[:, None]),
@@ -154,6 +156,8 @@ class NumpyEngine(Engine):
         stats.begin_epoch()
         for batch in minibatches:
             loss, by, given, actions = self._forward(batch, config)
+            if not accept("loss", float(loss.total), config.nan_policy, stats):
+                continue
             if batch.dist_params is not None:
                 old_and_new.append((batch.dist_params, self._head.parameters(given)))
             if config.target_kl is not None and loss.approx_kl > 1.5 * config.target_kl:
@@ -161,8 +165,10 @@ class NumpyEngine(Engine):
                 stats.add(loss)
                 break
             self._network.backward(self._head.gradient(given, actions, by.log_prob, by.entropy), by.values)
-            stats.add(loss, self._clip_gradient(config.max_grad_norm))
-            self._adam.step()
+            norm = self._clip_gradient(config.max_grad_norm)
+            if accept("gradient", norm, config.nan_policy, stats):
+                stats.add(loss, norm)
+                self._adam.step()
         return old_and_new
 
     def _forward(self, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, OutputGradients, Any, np.ndarray]:

@@ -1,0 +1,114 @@
+"""
+NaN and infinity are stopped before they reach the weights: in what the environments send, in a rollout, in a minibatch.
+
+A weight that is NaN makes every later one NaN, and the run is lost since then, however late somebody notices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.stats import UpdateStats
+
+__all__ = ["NAN_POLICIES", "accept", "check_finite", "check_rollout", "check_step", "reading_waits"]
+
+NAN_POLICIES = ("raise", "skip")
+"""What may happen to a minibatch whose loss or gradient is not finite."""
+
+_CAUSES = {
+    "environment": "the environment divides by zero or overflows, or its observations need VecNormalize(clip_obs=...)",
+    "policy": "the weights or observations have grown very large: try a lower learning_rate, or VecNormalize",
+    "update": "very large rewards or returns, or too high a learning_rate: try VecNormalize, or a lower learning_rate",
+}
+
+
+def check_finite(name: str, value: float) -> None:
+    """
+    :param name: of a minibatch's number, ``"loss"`` or ``"gradient"``
+    :param value: the number
+    :raises NonFiniteError: if it is NaN or infinite
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            name,
+            f"the {name} of a minibatch is not finite ({value}). No step was taken on it; the model is as it was before. "
+            f"Likely causes: {_CAUSES['update']}; nan_policy='skip' leaves out such minibatches",
+        )
+
+
+def accept(name: str, value: float, nan_policy: str, stats: UpdateStats) -> bool:
+    """
+    For engines: called with a minibatch's loss and with its gradient's norm, before a step is taken.
+
+    :param name: ``"loss"`` or ``"gradient"``
+    :param value: the number
+    :param nan_policy: one of :data:`NAN_POLICIES`
+    :param stats: where a minibatch that is to be left out is counted
+    :return: whether to go on with the minibatch
+    :raises NonFiniteError: with ``"raise"``, if the number is NaN or infinite
+    """
+    if math.isfinite(value):
+        return True
+    if nan_policy == "raise":
+        check_finite(name, value)
+    stats.skipped += 1
+    return False
+
+
+def reading_waits(tensor: th.Tensor) -> bool:
+    """Whether reading a number from ``tensor`` makes the host wait for a device. Then what is checked, is checked there."""
+    return tensor.device.type != "cpu"
+
+
+def check_step(observations: np.ndarray | dict[str, np.ndarray], rewards: np.ndarray | None, step: int) -> None:
+    """
+    What the environments sent.
+
+    :param observations: ``[n_envs, *obs_shape]`` or a dict of such; integers are finite, and not looked at
+    :param rewards: ``[n_envs]``; ``None`` after a reset
+    :param step: number of the step within the rollout, for the message
+    :raises NonFiniteError: naming the tensor, the environment and the step
+    """
+    if isinstance(observations, dict):
+        for key, value in observations.items():
+            _check_envs(f"observation {key!r}", value, step)
+    else:
+        _check_envs("observation", observations, step)
+    if rewards is not None:
+        _check_envs("reward", rewards, step)
+
+
+def _check_envs(name: str, array: np.ndarray, step: int) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        _raise_at(name, array[np.newaxis], step, "environment")
+
+
+def check_rollout(buffer: RolloutBuffer) -> None:
+    """
+    What the policy made of it, rewards with the values behind time limits included.
+
+    :param buffer: full, its arrays ``[n_steps, n_envs]``
+    :raises NonFiniteError: naming the tensor, the environment and the step
+    """
+    for name in ("values", "log_probs", "rewards", "advantages", "returns"):
+        array: Any = getattr(buffer, name, None)  # a class of the user's may keep others
+        if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            _raise_at(name, array, 0, "policy" if name in ("values", "log_probs") else "update")
+
+
+def _raise_at(name: str, array: np.ndarray, first_step: int, cause: str) -> None:
+    """:param array: ``[n_steps, n_envs, ...]`` with something not finite in it."""
+    at = np.argwhere(~np.isfinite(array))[0].tolist()
+    step, env, *rest = at
+    where = f" at index {rest}" if rest else ""
+    raise NonFiniteError(
+        name,
+        f"{name} is not finite ({array[tuple(at)]}{where}) in environment {env} at step {first_step + step} of the "
+        f"rollout. Nothing was learned from it; the model is as it was before. Likely causes: {_CAUSES[cause]}",
+    )
