@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO
+from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
 from sb3_ppo_from_scratch.optimizer import ClippedStep
 from tests.helpers import ToyEnv
 
@@ -214,6 +215,52 @@ def test_all_minibatches_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_unchanged(model, before)
 
 
+def spoil_numpys_gradient(calls: set[int], factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(1000))
+    backward = ActorCriticNetwork.backward
+
+    def spoiled(self: ActorCriticNetwork, *arguments: Any) -> None:
+        backward(self, *arguments)
+        if next(count) in calls:
+            self.by_value_bias *= factor
+
+    monkeypatch.setattr(ActorCriticNetwork, "backward", spoiled)
+
+
+@pytest.mark.parametrize("factor", [NAN, INF])
+def test_the_numpy_engine_takes_no_step_either(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_numpys_gradient({8 + 5}, factor, monkeypatch)
+    model, until_then = (model_of(Failing, batch_size=4, engine="numpy") for _ in range(2))
+    with pytest.raises(NonFiniteError, match="the gradient of a minibatch is not finite"):
+        model.learn(32)
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {13.0}
+    assert all(value.isfinite().all() for value in state_of(model))
+    model.learn(16, reset_num_timesteps=False)
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {13.0 + 8.0}
+    until_then.learn(16)
+    assert {float(state["step"]) for state in until_then.policy.optimizer.state.values()} == {8.0}
+
+
+def test_the_numpy_engine_may_leave_out_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_numpys_gradient({2, 7}, NAN, monkeypatch)
+    model = model_of(Failing, batch_size=4, nan_policy="skip", engine="numpy")
+    with pytest.warns(UserWarning, match="2 minibatches of this update were left out"):
+        model.learn(16)
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {6.0}
+    assert all(value.isfinite().all() for value in state_of(model))
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_a_loss_beyond_float32_changes_nothing(engine: str) -> None:
+    model = model_of(Failing, vf_coef=1e38, engine=engine)
+    with th.no_grad():
+        model.policy.value_net.bias.fill_(1e6)
+    before = state_of(model)[: len(list(model.policy.parameters()))]
+    with pytest.raises(NonFiniteError, match="of a minibatch is not finite"):
+        model.learn(16)
+    assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("nan_policy", ["raise", "skip"])
 def test_where_the_host_must_not_wait(nan_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of other devices, on the CPU: a step is undone on the device, the host learns of it with the metrics."""
@@ -264,7 +311,7 @@ ARGUMENTS = {
         [None, {}, {"net_arch": []}, {"net_arch": [4]}, {"log_std_init": -2.0}, {"ortho_init": False}]
     ),
     "seed": counts,
-    "engine": st.sampled_from(["auto", "torch", "warp", None, 1]),
+    "engine": st.sampled_from(["auto", "torch", "numpy", "channels_last", "warp", None, 1]),
     "nan_policy": st.sampled_from(["raise", "skip", "ignore", None, 1]),
 }
 

@@ -105,6 +105,6 @@ class Engine(ABC):
         :param buffer: full, with advantages and returns
         :param config: this update's coefficients
         :raises NonFiniteError: before a step along a gradient that is not finite (``nan_policy="raise"``): engines pass each
-            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.guards.check_finite`, or leave it out and count
+            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.guards.accept`, or leave it out and count
             it (``"skip"``). Where asking would make the host wait, the step is undone, and the error comes after the update.
         """
