@@ -37,7 +37,7 @@ from sb3_ppo_from_scratch.validation import check_integer
 if TYPE_CHECKING:
     from sb3_ppo_from_scratch.ppo import ScratchPPO
 
-__all__ = ["Resumed", "ResumableCheckpoint", "guarded_training", "has_checkpoint", "load_run"]
+__all__ = ["ResumableCheckpoint", "Resumed", "guarded_training", "has_checkpoint", "load_run"]
 
 _COST = 0.005
 """Share of the training time for snapshots in memory, and the same again for files at the default frequency."""
@@ -217,8 +217,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
     state = read_checkpoint(path)
     if state["problems"]:
         warnings.warn(
-            f"this resume is not bit-exact: environments that could not be captured ({'; '.join(state['problems'])}) start new "
-            "episodes",
+            f"this resume is not bit-exact: environments start new episodes, for their state could not be saved "
+            f"({'; '.join(state['problems'])})",
             stacklevel=3,
         )
     return state
@@ -305,8 +305,8 @@ class ResumableCheckpoint(BaseCallback):
         if problems and not self._told:
             self._told = True
             warnings.warn(
-                f"these environments cannot be captured ({'; '.join(problems)}): a resumed run will reset them, and so will not be "
-                "bit-exact",
+                f"the state of environments cannot be saved ({'; '.join(problems)}): a resumed run will start new episodes "
+                "in them, and will not be bit-exact",
                 stacklevel=2,
             )
 

@@ -53,10 +53,12 @@ def step_environments(env: VecEnv, actions: np.ndarray) -> VecEnvStepReturn:
 
 def _explain(env: VecEnv, error: Exception) -> EnvFailedError:
     base = env.unwrapped
-    if base in _workers and isinstance(error, _LOST):
+    if isinstance(base, SubprocVecEnv) and base in _workers and isinstance(error, _LOST):
         return _workers[base].explain()
-    index = _stepped_index(error.__traceback__) if isinstance(base, DummyVecEnv) else None
-    which = f"environment {index} ({_name_of(base.envs[index])})" if index is not None else f"the {type(env).__name__}"
+    index = _stepped_index(error.__traceback__)
+    which = f"the {type(env).__name__}"
+    if isinstance(base, DummyVecEnv) and index is not None:
+        which = f"environment {index} ({_name_of(base.envs[index])})"
     return EnvFailedError(f"{which} failed in step with {type(error).__name__}: {error}", index)
 
 
@@ -162,7 +164,7 @@ class _Workers:
         remotes = {process.sentinel: remote for process, remote in zip(self._processes, self._remotes, strict=True)}
         for sentinel in wait(list(remotes)):
             with contextlib.suppress(OSError):  # it has been closed: training was over
-                pipe = socket.socket(fileno=os.dup(remotes[sentinel].fileno()))  # type: ignore[index]  # sentinels are keys
+                pipe = socket.socket(fileno=os.dup(remotes[sentinel].fileno()))
                 with pipe:
                     pipe.shutdown(socket.SHUT_RDWR)
 

@@ -1,9 +1,9 @@
 """
 The state of environments: captured as bytes, and put into others of the same make, which then go on as the first would have.
 
-A *world* is an environment with all its wrappers (``gymnasium.Env``, or ``gymnasium.vector.VectorEnv``), its *levels*. A level's
-state is its attributes; code, constructor arguments and render windows are not state and stay as the fresh world has them. An
-environment that keeps its state elsewhere can offer ``state_dict()`` and ``load_state_dict(state)`` instead.
+A *world* is a ``gymnasium.Env`` or ``gymnasium.vector.VectorEnv`` with all its wrappers, its *levels*. A level's state is its
+attributes; code, constructor arguments and render windows are not state and stay as the fresh world has them. An environment
+that keeps its state elsewhere can offer ``state_dict()`` and ``load_state_dict(state)`` instead.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _space_generators(space: spaces.Space) -> list[np.random.Generator | None]:
 
 def _set_space_generators(space: spaces.Space, generators: list[np.random.Generator | None]) -> None:
     for part, generator in zip(_subspaces(space), generators, strict=True):
-        part._np_random = generator
+        part._np_random = generator  # type: ignore[assignment]  # a space starts without
 
 
 def _set_emulator(ale: Any, state: bytes) -> None:
@@ -208,7 +208,7 @@ def capture(root: Any) -> bytes:
     in_place = {key: kind.get(value) for key, value in anchors.items() if (kind := _kind(value)) is not None}
     try:
         return _pickle((_names(levels), state, in_place), anchors)
-    except Exception as error:  # noqa: BLE001  # whatever a pickled object's own code raises
+    except Exception as error:  # whatever a pickled object's own code raises
         raise CannotCaptureError(_what_fails(levels, anchors) or f"{type(error).__name__}: {error}") from error
 
 

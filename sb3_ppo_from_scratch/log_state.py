@@ -1,4 +1,4 @@
-"""The state of SB3's logger: what it has written and what it is about to, so that a resumed run's log has no gap and no double."""
+"""The state of SB3's logger: what it has written and is about to, so that a resumed run's log has no gap and no double."""
 
 from __future__ import annotations
 

@@ -299,6 +299,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
         self._resumed = None
+        iteration = 0
         total_timesteps, callback = self._setup_learn(
             total_timesteps,
             callback,
@@ -307,7 +308,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             progress_bar,
         )
         callback.on_training_start(locals(), globals())
-        self._train_until(total_timesteps, callback, log_interval)
+        self._train_until(total_timesteps, callback, log_interval, iteration)
         return self
 
     def continue_learning(self: SelfScratchPPO, callback: MaybeCallback = None, progress_bar: bool = False) -> SelfScratchPPO:
@@ -331,13 +332,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         total_timesteps, log_interval, tb_log_name = (
             resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
         )
+        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         callback.on_training_start(locals(), globals())
         resumed.restore_run(self, callback)
-        self._train_until(total_timesteps, callback, log_interval, resumed=True)
+        self._train_until(total_timesteps, callback, log_interval, iteration, resumed=True)
         return self
 
     def _train_until(
-        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, resumed: bool = False
+        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, iteration: int, resumed: bool = False
     ) -> None:
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
@@ -351,23 +353,19 @@ class ScratchPPO(OnPolicyAlgorithm):
                 if not complete:
                     break
                 collected = time.perf_counter()
+                iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self.train()
                 self.logger.record("time/rollout_seconds", collected - start)
                 self.logger.record("time/update_seconds", time.perf_counter() - collected)
-                logged = log_interval is None or self._iteration % log_interval == 0
+                logged = log_interval is None or iteration % log_interval == 0
                 if log_interval is not None and logged:
-                    self.dump_logs(self._iteration)
+                    self.dump_logs(iteration)
             if not logged:
-                self.dump_logs(self._iteration)
+                self.dump_logs(iteration)
             callback.on_training_end()
             for checkpoint in checkpoints:
                 checkpoint.at_end(complete)
-
-    @property
-    def _iteration(self) -> int:
-        """Rollouts since ``learn`` began."""
-        return (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
@@ -527,7 +525,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         with errors_for_assertions("env"):
             if not hasattr(env, "observation_space"):
                 env = maybe_make_env(env, 0)
-            env = cls._wrap_env(env)
+            env = cls._wrap_env(env)  # type: ignore[arg-type]  # whatever is not a name by now
         if env.num_envs != state["n_envs"]:
             raise ValueError(f"env must have {state['n_envs']} environments as the checkpoint's run had, not {env.num_envs}")
         model = cls.load(io.BytesIO(state["model"]), env=env, device=device, force_reset=False)
