@@ -143,10 +143,11 @@ class _Workers:
 
     def explain(self) -> EnvFailedError:
         """The error for a worker that has ended."""
-        wait([process.sentinel for process in self._processes], timeout=1)
-        index = next((i for i, process in enumerate(self._processes) if not process.is_alive()), None)
+        ended = wait([process.sentinel for process in self._processes], timeout=1)
+        index = next((i for i, process in enumerate(self._processes) if process.sentinel in ended), None)
         if index is None:
             return EnvFailedError("the connection to an environment's process was lost")
+        self._processes[index].join(1)  # the sentinel is a little ahead of the exit code
         file = self._files[index]
         words = file.read_text(encoding="utf-8") if file.is_file() else ""
         _, found, traceback = words.rpartition("Traceback (most recent call last):\n")

@@ -25,7 +25,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_ppo_from_scratch.plain_pickle import PlainUnpickler, Reference
+from sb3_ppo_from_scratch.plain_pickle import PlainUnpickler, Reference, load_plain
 
 __all__ = ["CannotCaptureError", "capture", "capture_vec_env", "read_file", "restore", "restore_vec_env", "rewrite_file"]
 
@@ -207,7 +207,7 @@ def capture(root: Any) -> bytes:
     state = [level.state_dict() if _keeps_own_state(level) else _attributes(level) for level in levels]
     in_place = {key: kind.get(value) for key, value in anchors.items() if (kind := _kind(value)) is not None}
     try:
-        return _pickle((_names(levels), state, in_place), anchors)
+        return pickle.dumps((_names(levels), _pickle((state, in_place), anchors)))
     except Exception as error:  # whatever a pickled object's own code raises
         raise CannotCaptureError(_what_fails(levels, anchors) or f"{type(error).__name__}: {error}") from error
 
@@ -240,14 +240,17 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     get made.
 
     :param trust: whether to make whatever objects the state asks for
-    :raises ValueError: if the world is of another make
-    :raises pickle.UnpicklingError: for other objects, without ``trust``
+    :raises ValueError: if the world is of another make, or for other objects without ``trust``
     """
     levels = _levels(root)
     anchors = _anchors(levels)
-    names, state, in_place = _Unpickler(data, anchors, _classes(root, anchors), trust).load()
+    names, content = load_plain(data)
     if names != _names(levels):
         raise ValueError(f"env must be made as the checkpoint's was, of {names}, not of {_names(levels)}")
+    try:
+        state, in_place = _Unpickler(content, anchors, _classes(root, anchors), trust).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(str(error)) from error
     for level, values in zip(levels, state, strict=True):
         if _keeps_own_state(level):
             level.load_state_dict(values)
@@ -262,7 +265,8 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
 def _classes(root: Any, anchors: dict[Key, Any]) -> set[Reference]:
     """The classes of the objects in a world's own state."""
     with contextlib.suppress(CannotCaptureError):
-        unpickler = _Unpickler(capture(root), anchors, set(), trust=True)  # of what has just been written here
+        _, content = load_plain(capture(root))
+        unpickler = _Unpickler(content, anchors, set(), trust=True)  # it has just been written here
         unpickler.load()
         return unpickler.classes
     return set()
@@ -299,7 +303,7 @@ def _reply_with_state(env: gym.Env) -> tuple[bytes | None, str]:
 def _reply_to_restore(env: gym.Env, data: bytes, trust: bool) -> Exception | None:
     try:
         restore(env, data, trust)
-    except (ValueError, pickle.UnpicklingError) as error:
+    except ValueError as error:
         return error
     except Exception as error:  # noqa: BLE001  # other classes may not travel
         return ValueError(f"{type(error).__name__}: {error}")
@@ -348,8 +352,7 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> 
     """
     Put a captured state into a ``VecEnv`` of the same make; what could not be captured stays as it is.
 
-    :raises ValueError: if it is of another make
-    :raises pickle.UnpicklingError: for objects of unknown classes, without ``trust``
+    :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
     """
     levels = vec_levels(env)
     base = levels[-1]

@@ -1,8 +1,8 @@
 """
 Training runs that can be killed and resumed, and what they leave behind.
 
-As a program, ``python -m tests.runs TASK FOLDER KILLS SEED``: trains in a process that is killed KILLS times, each time at another
-random moment, and resumed; then once more without a break, in FOLDER/whole. A forked process costs no imports.
+As a program, ``python -m tests.runs TASK FOLDER KILLS SEED``: trains in a process that is killed KILLS times, each time at
+another random moment, and resumed; then once more without a break, in FOLDER/whole. A forked process costs no imports.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def rows(folder: Path) -> dict[str, list[dict[str, str]]]:
     for path in folder.glob("*.csv"):
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         found[path.name] = [
-            {key: value for key, value in row.items() if not key.startswith(("t", "time/")) or key.startswith("train/")}
+            {key: value for key, value in row.items() if key != "t" and not key.startswith("time/")}
             for row in csv.DictReader(lines)
         ]
     return found
