@@ -9,12 +9,12 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "dataset_of", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 
@@ -46,15 +46,22 @@ class RolloutData(NamedTuple):
         """Number of transitions, B."""
         return self.advantages.shape[0]
 
-    def take(self, indices: th.Tensor) -> RolloutData:
+    def take(self, indices: th.Tensor, channels_last: bool = False) -> RolloutData:
         """
         :param indices: ``[b]``, int64, on the data's device
+        :param channels_last: whether images are to lie channels-last in memory as in the buffer; torch would change that
         :return: a copy of those transitions, in that order
         """
+
+        def select(values: th.Tensor) -> th.Tensor:
+            if channels_last and values.dim() == 4:
+                return values.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+            return values.index_select(0, indices)
+
         if isinstance(self.observations, dict):
-            observations: Observations = {key: value.index_select(0, indices) for key, value in self.observations.items()}
+            observations: Observations = {key: select(value) for key, value in self.observations.items()}
         else:
-            observations = self.observations.index_select(0, indices)
+            observations = select(self.observations)
         rest = (None if field is None else field.index_select(0, indices) for field in self[1:])
         return RolloutData(observations, *rest)  # type: ignore[arg-type]  # the fields keep their order and kind
 
@@ -76,7 +83,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
     Stores ``n_steps`` steps of ``n_envs`` environments, computes advantages and returns, and hands out the data set.
 
     The public arrays have shape ``[n_steps, n_envs, ...]`` at all times. Their memory is laid out environment by environment,
-    so that the data set in SB3's order (environment-major) is a view of them, not a copy. Dict observations are held as a
+    so that the data set in SB3's order (environment-major) is a view of them, not a copy. Images ``[channels, height, width]``
+    lie channels-last in it, as environments make them and convolutions like them. Dict observations are held as a
     dict of arrays. It is a drop-in for SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``: SB3's own PPO trains on it.
 
     :param buffer_size: n_steps, steps per environment and rollout
@@ -91,6 +99,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]  # one class for array and Dict spaces
     dist_params: np.ndarray | None
     """``[n_steps, n_envs, n_params]``: the behaviour policy's logits, or means and log standard deviations"""
+    valid: np.ndarray | None
+    """``[n_steps, n_envs]``, bool: which rows are transitions; ``None`` if all are. Others are not in the data set."""
 
     def __init__(
         self,
@@ -107,12 +117,9 @@ class ScratchRolloutBuffer(RolloutBuffer):
         self.gae_lambda = gae_lambda
         self.gamma = gamma
         if isinstance(observation_space, spaces.Dict):
-            self.observations = {
-                key: self._allocate(get_obs_shape(space), space.dtype)  # type: ignore[arg-type]  # a Dict does not nest
-                for key, space in observation_space.spaces.items()
-            }
+            self.observations = {key: self._allocate_obs(space) for key, space in observation_space.spaces.items()}
         else:
-            self.observations = self._allocate(self.obs_shape, observation_space.dtype)
+            self.observations = self._allocate_obs(observation_space)
         self.actions = self._allocate((self.action_dim,), action_space.dtype)
         self.dist_params = None
         for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
@@ -122,10 +129,18 @@ class ScratchRolloutBuffer(RolloutBuffer):
     def _allocate(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike | None) -> np.ndarray:
         return np.zeros((self.n_envs, self.buffer_size, *shape), dtype=dtype).swapaxes(0, 1)
 
+    def _allocate_obs(self, space: spaces.Space) -> np.ndarray:
+        shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
+        if is_image_space(space) and shape[0] < min(shape[1:]):
+            channels, height, width = shape
+            return np.moveaxis(self._allocate((height, width, channels), space.dtype), -1, -3)
+        return self._allocate(shape, space.dtype)
+
     def reset(self) -> None:
         """Begin a new rollout; the storage is used again."""
         self.pos = 0
         self.full = False
+        self.valid = None
 
     def add(
         self,
@@ -136,6 +151,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         value: th.Tensor,
         log_prob: th.Tensor,
         dist_params: th.Tensor | None = None,
+        valid: np.ndarray | None = None,
     ) -> None:
         """
         Store one step of every environment.
@@ -147,6 +163,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         :param value: ``[n_envs]`` or ``[n_envs, 1]``
         :param log_prob: ``[n_envs]``
         :param dist_params: ``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`
+        :param valid: ``[n_envs]``, bool, whether each step is a transition; ``None`` if all are
         :raises IndexError: if the buffer is full
         """
         if self.full:
@@ -166,6 +183,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
             if self.dist_params is None:
                 self.dist_params = self._allocate(tuple(dist_params.shape[1:]), np.float32)
             _store(self.dist_params[step], dist_params)
+        if valid is not None and not valid.all():
+            if self.valid is None:
+                self.valid = ~self._allocate((), bool)
+            self.valid[step] = valid
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -185,9 +206,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
         """
         The rollout's ``n_steps * n_envs`` transitions in environment-major order, on the buffer's device.
 
-        On CPU the tensors share the buffer's memory (actions excepted, which become float32).
+        On CPU the tensors share the buffer's memory (actions excepted, which become float32). Where some rows are no
+        transitions (:attr:`valid`), the data set is a copy of the others.
 
-        :raises RuntimeError: if the rollout is not complete
+        :raises RuntimeError: if the rollout is not complete, or holds no transition
         """
         if not self.full:
             raise RuntimeError(
@@ -197,7 +219,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             observations: Observations = {key: self._flatten(value) for key, value in self.observations.items()}
         else:
             observations = self._flatten(self.observations)
-        return RolloutData(
+        data = RolloutData(
             observations,
             self._flatten(self.actions.astype(np.float32, order="K", copy=False)),
             self._flatten(self.values),
@@ -206,6 +228,14 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self._flatten(self.returns),
             None if self.dist_params is None else self._flatten(self.dist_params),
         )
+        return data if self.valid is None else data.take(self._transitions(self.valid), channels_last=True)
+
+    def _transitions(self, valid: np.ndarray) -> th.Tensor:
+        if not valid.any():
+            raise RuntimeError(
+                f"a rollout of {self.buffer_size} steps holds no transition, only resets: n_steps must be larger"
+            )
+        return self._flatten(valid).nonzero().flatten()
 
     def _flatten(self, array: np.ndarray) -> th.Tensor:
         flat = array.swapaxes(0, 1).reshape(self.n_envs * self.buffer_size, *array.shape[2:])
@@ -226,17 +256,22 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
-    if isinstance(source, th.Tensor):
-        source = source.detach().cpu().numpy()
-    target[...] = np.reshape(source, target.shape)
+    array = source.numpy(force=True) if isinstance(source, th.Tensor) else np.asarray(source)
+    array = array.reshape(target.shape)
+    if target.dtype == np.uint8 and target.ndim == 4:  # torch transposes images three times as fast as NumPy
+        th.from_numpy(target).copy_(th.from_numpy(array))
+    else:
+        target[...] = array
+
+
+def dataset_of(buffer: RolloutBuffer) -> RolloutData | None:
+    """The rollout's data set, if ``buffer`` is ours; ``None`` for a class whose ``get`` is its own: that has the last word."""
+    if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
+        return buffer.dataset()
+    return None
 
 
 def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
-    """
-    How to draw one epoch's minibatches of a given size from ``buffer``.
-
-    Ours builds its data set once per rollout. A class of the user's with a ``get`` of its own keeps the last word.
-    """
-    if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
-        return buffer.dataset().minibatches
-    return buffer.get  # type: ignore[return-value]  # SB3's samples have the same first six fields
+    """How to draw one epoch's minibatches of a given size from ``buffer``. Ours builds its data set once per rollout."""
+    data = dataset_of(buffer)
+    return buffer.get if data is None else data.minibatches  # type: ignore[return-value]  # SB3's samples have the same fields

@@ -22,7 +22,7 @@ from stable_baselines3.common.distributions import (
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
-__all__ = ["UncheckedDistributions", "distribution_parameters", "exact_kl"]
+__all__ = ["UncheckedDistributions", "distribution_parameters", "exact_kl", "mean_kl"]
 
 
 def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:
@@ -65,6 +65,22 @@ def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.T
         (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, dim=1), new.chunk(2, dim=1)
         return kl_divergence(Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())).sum(dim=1)
     raise TypeError(f"distribution must be one of SB3's built-in ones, not {type(distribution).__name__}")
+
+
+@th.no_grad()
+def mean_kl(distribution: Distribution, old_and_new: list[tuple[th.Tensor, th.Tensor]]) -> th.Tensor | None:
+    """
+    Mean over minibatches of each one's mean :func:`exact_kl`, in one call for all of them.
+
+    :param distribution: says of which kind the parameters are
+    :param old_and_new: per minibatch the two sets of :func:`distribution_parameters`, ``[batch_size, n_params]``
+    :return: scalar, in nats; ``None`` without minibatches
+    """
+    if not old_and_new:
+        return None
+    old, new = (th.cat(params) for params in zip(*old_and_new, strict=True))
+    kl = exact_kl(distribution, old, new)
+    return th.stack([part.mean() for part in kl.split([len(params) for params, _ in old_and_new])]).mean()
 
 
 class UncheckedDistributions:

@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim.adam import adam
 
-__all__ = ["ClippedStep"]
+__all__ = ["ClippedStep", "FusedStep"]
 
 
 class ClippedStep:
@@ -66,6 +66,41 @@ class ClippedStep:
         if self.flat is not None:
             self.flat.write_back()
             self.flat = None
+
+
+class FusedStep(ClippedStep):
+    """
+    :class:`ClippedStep` by torch's fused Adam: one pass over parameters, gradients and moments instead of a dozen.
+
+    Its rounding differs from the default's. For large networks only: the flat vector takes fewer calls for small ones.
+
+    :param policy: its ``parameters()`` are clipped, its ``optimizer`` steps
+    :param max_grad_norm: gradients with a larger 2-norm are scaled down to it
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, max_grad_norm: float):
+        super().__init__(policy, max_grad_norm)
+        self._may_flatten = False
+
+    @staticmethod
+    def unsupported_reason(optimizer: th.optim.Optimizer) -> str | None:
+        """Why ``optimizer`` has no fused form; ``None`` if it has."""
+        if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+            return f"the optimizer must be torch's Adam or AdamW, not {type(optimizer).__name__}"
+        if any(group["foreach"] or group["capturable"] or group["differentiable"] for group in optimizer.param_groups):
+            return "Adam's foreach, capturable and differentiable must not be set"
+        return None
+
+    def __enter__(self) -> ClippedStep:
+        groups = self.optimizer.param_groups
+        self._before = [(group, group["fused"]) for group in groups]
+        for group in groups:
+            group["fused"] = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for group, fused in self._before:
+            group["fused"] = fused
 
 
 class _FlatAdam:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -24,10 +25,18 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
-from sb3_ppo_from_scratch.engines import ENGINE_NAMES, Engine, UpdateConfig, make_engine
+from sb3_ppo_from_scratch.engines import (
+    ENGINE_NAMES,
+    PRECISIONS,
+    Engine,
+    UpdateConfig,
+    engine_class,
+    has_bf16_instructions,
+    make_engine,
+)
 from sb3_ppo_from_scratch.env_failure import step_environments
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from sb3_ppo_from_scratch.stats import UpdateStats
 from sb3_ppo_from_scratch.validation import (
     check_action_space,
@@ -40,6 +49,7 @@ from sb3_ppo_from_scratch.validation import (
     errors_for_assertions,
     resolve_schedule,
 )
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mind_reset_rows, with_reset_rows
 
 __all__ = ["ScratchPPO"]
 
@@ -50,13 +60,13 @@ class ScratchPPO(OnPolicyAlgorithm):
     """
     Proximal Policy Optimization with a clipped objective (https://arxiv.org/abs/1707.06347), a drop-in for SB3's ``PPO``.
 
-    The arguments are those of SB3's ``PPO``, by name, order and default; ``engine`` is added at the end. With
-    ``engine="torch"`` on CPU, training yields the bits that SB3's does.
+    The arguments are those of SB3's ``PPO``, by name, order and default; ``engine`` and ``precision`` are added at the end.
+    With ``engine="torch"`` on CPU, training yields the bits that SB3's does.
 
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``, or a policy class
-    :param env: a Gymnasium environment, a ``VecEnv``, or the name of a registered environment
+    :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
     :param batch_size: transitions per minibatch, at least 2 if advantages are normalised
@@ -82,7 +92,11 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param seed: seed of all random generators, the environments' included; ``None`` leaves them as they are
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
-    :param engine: ``"torch"``, the reference, or ``"auto"``, the fastest that supports the policy
+    :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
+        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU; ``"auto"``,
+        the fastest that can serve
+    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on CPUs that
+        have instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -123,13 +137,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         engine: str = "auto",
+        precision: str = "fp32",
     ):
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
         if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
             raise TypeError(f"policy must be the name of a policy or a policy class, not {policy!r}")
         if hasattr(env, "observation_space"):  # before SB3's wrappers stumble over it
-            check_observation_space(env.observation_space)
+            check_observation_space(getattr(env, "single_observation_space", env.observation_space))
         with errors_for_assertions("env"):
             super().__init__(
                 policy,
@@ -160,6 +175,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.engine = engine
+        self.precision = precision
         self._engine: Engine | None = None
         self._resumed: Resumed | None = None
         if _init_setup_model:
@@ -167,6 +183,15 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._check_rollout_size()
 
     # ------------------------------------------------------------------ set-up
+
+    @staticmethod
+    def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, and SB3's wrappers learn of its reset rows."""
+        if isinstance(env, VectorEnv):
+            if verbose >= 1:
+                print("Wrapping the env in a NativeVecEnv.")
+            env = NativeVecEnv(env)
+        return mind_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper))
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name not in self.policy_aliases:
@@ -193,7 +218,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
         self.__dict__.pop("rollout_buffer", None)
         self._engine = None
-        make_engine(self.engine, self.policy)
+        engine_class(self.engine, self.policy, self.precision)  # raises if there is none
         for mlp_policy in (MlpPolicy, SharedMlpPolicy):
             self._maybe_recommend_cpu(mlp_policy.__name__)
 
@@ -226,6 +251,13 @@ class ScratchPPO(OnPolicyAlgorithm):
             check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.engine not in ENGINE_NAMES:
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
+        if self.precision == "bf16" and not has_bf16_instructions():
+            warnings.warn(
+                "precision='bf16' is slower than 'fp32' on this CPU, which has no bfloat16 instructions (AVX-512 BF16 or AMX)",
+                stacklevel=4,
+            )
         buffer_class = self.rollout_buffer_class
         if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
             raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
@@ -264,12 +296,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         )
 
     def _current_engine(self) -> Engine:
-        """The engine for the policy as it is now: users may replace ``policy`` or change ``engine``."""
-        if self._engine is None or self._engine.policy is not self.policy:
-            self._engine = make_engine(self.engine, self.policy)
+        """The engine for the policy as it is now: users may replace ``policy``, change it, or change ``engine``."""
+        engine = self._engine
+        stale = engine is None or engine.policy is not self.policy or self.engine not in ("auto", engine.name)
+        if engine is None or stale or engine.unsupported_reason(self.policy) is not None:
+            engine = self._engine = make_engine(self.engine, self.policy, self.precision)
             if self.verbose >= 1:
-                print(f"Using the {self._engine.name} engine")
-        return self._engine
+                print(f"Using the {engine.name} engine")
+        return engine
 
     # ------------------------------------------------------- rollout and update
 
@@ -393,7 +427,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
         engine = self._current_engine()
-        keeps_dist_params = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        is_ours = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        native = _masked_env(env, rollout_buffer)
         engine.begin_rollout()
         self.policy.set_training_mode(False)
         n_steps = 0
@@ -409,6 +444,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
+            reset_rows = None if native is None else native.reset_rows
 
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -417,9 +453,13 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
-            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
+            self._bootstrap(engine, rewards, dones, infos)
+            ours: dict[str, Any] = {"dist_params": dist_params} if is_ours else {}
+            if reset_rows is not None and reset_rows.any():
+                ours["valid"] = ~reset_rows
+                dones = dones | reset_rows  # what follows a reset row begins an episode
             step = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            rollout_buffer.add(*step, *((dist_params,) if keeps_dist_params else ()))  # type: ignore[arg-type]  # dict obs
+            rollout_buffer.add(*step, **ours)  # type: ignore[arg-type]  # Dict observations too
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
             self._last_episode_starts = dones
 
@@ -429,9 +469,19 @@ class ScratchPPO(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
+    def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        if engine.batched_bootstrap:
+            bootstrap_time_limits_at_once(rewards, dones, infos, self._values_of, self.gamma)
+        else:
+            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
+
     def _value_of(self, observation: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
         """Value of one unbatched observation, shape ``[1]``."""
         return self._current_engine().predict_values(self.policy.obs_to_tensor(observation)[0])[0]
+
+    def _values_of(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """Values of a batch of observations, shape ``[batch_size]``."""
+        return self._current_engine().predict_values(self.policy.obs_to_tensor(observations)[0]).flatten().cpu().numpy()
 
     def train(self) -> None:
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
@@ -466,7 +516,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         for key, value in metrics.items():
             self.logger.record(f"train/{key}", value)
         buffer = self.rollout_buffer
-        self.logger.record("train/explained_variance", explained_variance(_in_order(buffer.values), _in_order(buffer.returns)))
+        self.logger.record("train/explained_variance", explained_variance(*_in_order(buffer, buffer.values, buffer.returns)))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -535,6 +585,22 @@ class ScratchPPO(OnPolicyAlgorithm):
         return model
 
 
-def _in_order(array: np.ndarray) -> np.ndarray:
-    """A buffer's ``[n_steps, n_envs]`` array, flat and environment-major: sums depend on the order of their terms."""
-    return array.swapaxes(0, 1).ravel()
+def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:
+    """The environment that says which rows are no transitions, if there can be such."""
+    native = with_reset_rows(env)
+    if native is not None and not isinstance(rollout_buffer, ScratchRolloutBuffer):
+        raise ValueError(
+            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer for an environment with reset rows (next-step "
+            f"autoreset), for they are to be left out, not {type(rollout_buffer).__name__}"
+        )
+    return native
+
+
+def _in_order(buffer: RolloutBuffer, *arrays: np.ndarray) -> list[np.ndarray]:
+    """
+    A buffer's ``[n_steps, n_envs]`` arrays, flat and environment-major: sums depend on the order of their terms.
+
+    Rows that are no transitions are left out.
+    """
+    valid = getattr(buffer, "valid", None)
+    return [array.T.ravel() if valid is None else array.T[valid.T] for array in arrays]

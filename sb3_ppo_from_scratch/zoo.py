@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"{_PROG}: {error}; {_INSTALL}")
     sys.argv = [f"{_PROG} {script}", *_complete(script, arguments)]
     _register_in_children()
+    if script == "train":
+        importlib.import_module("sb3_ppo_from_scratch.zoo_native").offer_native_environments()  # it imports the zoo
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
     if script == "push_to_hub":

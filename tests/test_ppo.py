@@ -68,11 +68,11 @@ class Collect(BaseCallback):
         self.rollout_end_names |= set(self.locals)
 
 
-def test_constructor_is_sb3s_and_an_engine() -> None:
+def test_constructor_is_sb3s_and_engine_and_precision() -> None:
     theirs = list(inspect.signature(PPO.__init__).parameters.values())
     ours = list(inspect.signature(ScratchPPO.__init__).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert (ours[-1].name, ours[-1].default) == ("engine", "auto")
+    assert [(p.name, p.default, p.kind) for p in ours[:-2]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert [(each.name, each.default) for each in ours[-2:]] == [("engine", "auto"), ("precision", "fp32")]
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)
 
@@ -125,7 +125,7 @@ def test_callbacks_get_sb3s_values() -> None:
 
     theirs, ours = Collect(see), Collect(see)
     PPO("MlpPolicy", make_vec_env("Pendulum-v1", 2, seed=1), seed=1, **SMALL).learn(300, callback=theirs)
-    small(make_vec_env("Pendulum-v1", 2, seed=1), seed=1).learn(300, callback=ours)
+    small(make_vec_env("Pendulum-v1", 2, seed=1), seed=1, engine="torch").learn(300, callback=ours)
     assert ours.seen == theirs.seen
 
 
@@ -356,7 +356,7 @@ def test_ctrl_c_in_an_update_leaves_a_model_that_trains_on() -> None:
 def test_verbose_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     small(verbose=1, target_kl=1e-9, learning_rate=0.1).learn(32)
     printed = capsys.readouterr().out
-    assert "Using the torch engine" in printed
+    assert "Using the numpy engine" in printed
     assert "KL above 1.5 * target_kl" in printed
     small(verbose=0).learn(32)
     assert capsys.readouterr().out == ""

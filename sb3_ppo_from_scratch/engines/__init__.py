@@ -5,27 +5,55 @@ from __future__ import annotations
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, has_bf16_instructions
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 
-__all__ = ["ENGINE_NAMES", "Engine", "PolicyStep", "UpdateConfig", "make_engine"]
+__all__ = [
+    "ENGINE_NAMES",
+    "PRECISIONS",
+    "Engine",
+    "PolicyStep",
+    "UpdateConfig",
+    "engine_class",
+    "has_bf16_instructions",
+    "make_engine",
+]
 
-_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (TorchEngine,)}
+_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NumpyEngine, ChannelsLastEngine, TorchEngine)}
 
 ENGINE_NAMES = ("auto", *_ENGINES)
+PRECISIONS = ("fp32", "bf16")
 
 
-def make_engine(name: str, policy: ActorCriticPolicy) -> Engine:
+def engine_class(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> type[Engine]:
     """
-    The engine of that name, or with ``"auto"`` the fastest that supports ``policy``, its optimizer and its device.
+    The engine of that name, or with ``"auto"`` the fastest that supports ``policy`` with its optimizer, and ``precision``.
 
-    :raises ValueError: for an unknown name, or an engine that cannot serve ``policy`` (the message says why)
+    :raises ValueError: for an unknown name, or if no such engine can serve ``policy`` (the message says why)
     """
     if name not in ENGINE_NAMES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {name!r}")
-    if name == "auto":
-        return next(engine for engine in _ENGINES.values() if engine.unsupported_reason(policy) is None)(policy)
-    engine = _ENGINES[name]
-    reason = engine.unsupported_reason(policy)
-    if reason is not None:
-        raise ValueError(f"engine={name!r} cannot serve this model: {reason}")
-    return engine(policy)
+    candidates = _ENGINES if name == "auto" else {name: _ENGINES[name]}
+    reasons = []
+    for each, engine in candidates.items():
+        reason = _unsupported_reason(engine, policy, precision)
+        if reason is None:
+            return engine
+        reasons.append(f"{each}: {reason}")
+    raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({'; '.join(reasons)})")
+
+
+def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> Engine:
+    """
+    An engine of :func:`engine_class` for ``policy``.
+
+    :raises ValueError: as there
+    """
+    return engine_class(name, policy, precision)(policy, precision)
+
+
+def _unsupported_reason(engine: type[Engine], policy: ActorCriticPolicy, precision: str) -> str | None:
+    if precision not in engine.precisions:
+        return f"its precision must be {' or '.join(map(repr, engine.precisions))}"
+    return engine.unsupported_reason(policy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -14,7 +14,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.stats import UpdateStats
 
-__all__ = ["Engine", "PolicyStep", "UpdateConfig"]
+__all__ = ["NAN_MESSAGE", "Engine", "PolicyStep", "UpdateConfig"]
+
+NAN_MESSAGE = (
+    "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
+    "lower learning_rate"
+)
 
 
 class PolicyStep(NamedTuple):
@@ -53,12 +58,18 @@ class Engine(ABC):
     optimizer's state per parameter.
 
     :param policy: the policy to work on
+    :param precision: number format of the networks' products, one of :attr:`precisions`
     """
 
-    name: str
+    name: ClassVar[str]
+    batched_bootstrap: ClassVar[bool] = True
+    """Whether the values behind the time limits of one step may be asked for in one call, which may round differently."""
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    """What ``precision`` may be."""
 
-    def __init__(self, policy: ActorCriticPolicy):
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
         self.policy = policy
+        self.precision = precision
 
     @classmethod
     @abstractmethod

@@ -19,6 +19,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_ppo_from_scratch.engines.inspection import modified_reason
 from sb3_ppo_from_scratch.losses import PPOLoss, approx_kl, clip_fraction, entropy_loss, value_loss
 
 __all__ = ["CategoricalHead", "ClosedFormMlp", "head_gradient"]
@@ -146,13 +147,9 @@ class ClosedFormMlp:
             and isinstance(space, spaces.Box)
             and not is_image_space(space)
             and policy.share_features_extractor
-            and not any(callable(getattr(ActorCriticPolicy, name, None)) for name in vars(policy))  # no method replaced
-            and _optimizes_all(policy)
-            and all(_is_plain(module) for module in policy.modules() if module is not policy)
-            and not _has_hooks(policy)
-            and not nn.modules.module._has_any_global_hook()
-            and len(list(policy.named_parameters(remove_duplicate=False))) == len(list(policy.parameters()))  # nothing shared
-            and all(_is_plain_parameter(parameter) for parameter in policy.parameters())
+            and modified_reason(policy, _BUILT_INS) is None
+            # autograd multiplies [1, 1] matrices the other way round
+            and not any(isinstance(module, nn.Linear) and module.in_features == 1 for module in policy.modules())
         )
         return cls(policy) if plain else None
 
@@ -213,25 +210,3 @@ def _backward(layers: list[nn.Module], outputs: list[th.Tensor], gradient: th.Te
             gradient = th.ops.aten.tanh_backward(gradient, outputs[index + 1])
         else:
             gradient = th.ops.aten.threshold_backward(gradient, outputs[index + 1], 0)
-
-
-def _optimizes_all(policy: ActorCriticPolicy) -> bool:
-    """Whether every gradient is forgotten after its step; SB3 lets the others add up, and count in the norm."""
-    optimized = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
-    return all(id(parameter) in optimized for parameter in policy.parameters())
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its built-in class does, and nothing besides."""
-    if isinstance(module, nn.Linear) and (module.bias is None or module.in_features == 1):
-        return False  # autograd multiplies [1, 1] matrices the other way round
-    return type(module) in _BUILT_INS and "forward" not in vars(module) and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _is_plain_parameter(parameter: nn.Parameter) -> bool:
-    hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    return parameter.requires_grad and not hooked and parameter.dtype == th.float32 and parameter.device.type == "cpu"

@@ -7,7 +7,7 @@ The gradient comes from autograd, or for a plain ``MlpPolicy`` from the same ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
-from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, mean_kl
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp, head_gradient
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from sb3_ppo_from_scratch.optimizer import ClippedStep
@@ -31,19 +31,15 @@ __all__ = ["TorchEngine"]
 Gradient = tuple[PPOLoss, th.Tensor | None, Callable[[], None]]
 """A minibatch's loss, the parameters of the distribution that it came from, and what fills the parameters' ``grad``."""
 
-_NAN_MESSAGE = (
-    "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
-    "lower learning_rate"
-)
-
 
 class TorchEngine(Engine):
     """SB3's operations in SB3's order on the policy's own modules."""
 
     name = "torch"
+    batched_bootstrap = False
 
-    def __init__(self, policy: ActorCriticPolicy):
-        super().__init__(policy)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+        super().__init__(policy, precision)
         self._network = ClosedFormMlp.of(policy)
 
     @classmethod
@@ -59,9 +55,9 @@ class TorchEngine(Engine):
         except RuntimeError as error:  # torch.multinomial says it with the most general class
             if "probability tensor" not in str(error):
                 raise
-            raise ValueError(_NAN_MESSAGE) from error
+            raise ValueError(NAN_MESSAGE) from error
         if th.isnan(step.log_probs).any():
-            raise ValueError(_NAN_MESSAGE)
+            raise ValueError(NAN_MESSAGE)
         return step
 
     def _sample(self, obs: PyTorchObs) -> PolicyStep:
@@ -70,9 +66,24 @@ class TorchEngine(Engine):
             actions, values, log_probs, dist_params = self._network.act(obs)  # type: ignore[arg-type]  # a Box's are tensors
         else:
             with UncheckedDistributions():
-                actions, values, log_probs = self.policy(obs)
+                actions, values, log_probs = self._forward(obs)
             dist_params = self._dist_params(len(log_probs))
         return PolicyStep(actions.cpu().numpy(), values, log_probs, dist_params)
+
+    def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Actions, values and log-probabilities, in any policy's own words; a faster network has its own."""
+        return self.policy(obs)
+
+    def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Values, log-probabilities and entropy of a minibatch, likewise."""
+        return self.policy.evaluate_actions(obs, actions)
+
+    def _minibatches(self, buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
+        """How to draw one epoch's minibatches."""
+        return minibatch_source(buffer)
+
+    def _optimizer_step(self, max_grad_norm: float) -> ClippedStep:
+        return ClippedStep(self.policy, max_grad_norm)
 
     @th.no_grad()
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
@@ -85,11 +96,11 @@ class TorchEngine(Engine):
 
     def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
         """The training loop: several epochs over the one data set, each in random minibatches, each minibatch one step."""
-        minibatches = minibatch_source(buffer)
+        minibatches = self._minibatches(buffer)
         self._network = ClosedFormMlp.of(self.policy)
         gradient = self._autograd if self._network is None else partial(self._closed_form, self._network)
         stats = UpdateStats()
-        with UncheckedDistributions(), ClippedStep(self.policy, config.max_grad_norm) as optimizer:
+        with UncheckedDistributions(), self._optimizer_step(config.max_grad_norm) as optimizer:
             while stats.epochs < config.n_epochs and not stats.stopped_early:
                 stats.begin_epoch()
                 old_and_new: list[tuple[th.Tensor, th.Tensor]] = []
@@ -106,7 +117,7 @@ class TorchEngine(Engine):
                     optimizer.zero_grad()
                     backward()
                     stats.add(loss, optimizer.step())
-            stats.kl = self._mean_kl(old_and_new)
+            stats.kl = mean_kl(self.policy.action_dist, old_and_new)
         return stats
 
     def _autograd(self, batch: RolloutData, config: UpdateConfig) -> Gradient:
@@ -114,7 +125,7 @@ class TorchEngine(Engine):
         actions = batch.actions
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        values, log_prob, entropy = self._evaluate(batch.observations, actions)
         dist_params = self._dist_params(len(log_prob))
         loss = ppo_loss(values.flatten(), log_prob, entropy, **_loss_arguments(batch, config))
         return loss, dist_params, loss.total.backward
@@ -134,15 +145,6 @@ class TorchEngine(Engine):
         """Parameters of the distribution that the policy has just made; ``None`` if it keeps none, or an older one."""
         params = distribution_parameters(getattr(self.policy, "action_dist", None))
         return params if params is not None and len(params) == batch_size else None
-
-    @th.no_grad()
-    def _mean_kl(self, old_and_new: list[tuple[th.Tensor, th.Tensor]]) -> th.Tensor | None:
-        """Mean over the minibatches of each one's mean KL, in one call for all of them."""
-        if not old_and_new:
-            return None
-        old, new = (th.cat(params) for params in zip(*old_and_new, strict=True))
-        kl = exact_kl(self.policy.action_dist, old, new)
-        return th.stack([part.mean() for part in kl.split([len(params) for params, _ in old_and_new])]).mean()
 
 
 def _loss_arguments(batch: RolloutData, config: UpdateConfig) -> dict[str, Any]:

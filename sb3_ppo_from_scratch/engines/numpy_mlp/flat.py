@@ -1,0 +1,182 @@
+"""A policy's parameters, their gradients and Adam's moments, each as one vector that they share their memory with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+
+__all__ = ["FlatAdam", "FlatParameters", "adam_step"]
+
+
+class FlatParameters:
+    """
+    Moves parameters into one vector. They stay the same objects: whoever reads or changes one sees or changes the vector.
+
+    :param parameters: of one floating dtype, on CPU, in the order that they take in the vector
+    """
+
+    def __init__(self, parameters: Sequence[th.Tensor]):
+        self.parameters = list(parameters)
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self._vector = th.empty(self.size, dtype=self.parameters[0].dtype)
+        self._gradient = th.zeros_like(self._vector)
+        with th.no_grad():
+            for parameter, view in zip(self.parameters, self.split(self._vector), strict=True):
+                view.copy_(parameter)
+                parameter.data = view
+        self.vector = self._vector.numpy()
+        self.gradient = self._gradient.numpy()
+        self._gradients = self.split(self._gradient)
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+
+    def split(self, vector: th.Tensor) -> list[th.Tensor]:
+        """Views of ``vector``, ``[size]``: one in the shape of each parameter."""
+        parts = vector.split([parameter.numel() for parameter in self.parameters])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+
+    def is_current(self) -> bool:
+        """Whether the parameters still lie in the vector; ``policy.to`` or an assignment to ``data`` takes them out."""
+        return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+
+    def publish_gradient(self) -> None:
+        """Let every parameter's ``grad`` be its part of :attr:`gradient`."""
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def arrays(self, *parameters: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param parameters: some that follow each other in the vector, of one shape
+        :return: their values and their gradients, ``[len(parameters), *shape]`` each, in the vectors' memory
+        """
+        first = next(i for i, parameter in enumerate(self.parameters) if parameter is parameters[0])
+        start = sum(parameter.numel() for parameter in self.parameters[:first])
+        shape = (len(parameters), *parameters[0].shape)
+        stop = start + math.prod(shape)
+        return self.vector[start:stop].reshape(shape), self.gradient[start:stop].reshape(shape)
+
+
+class FlatAdam:
+    """
+    Adam or AdamW on :class:`FlatParameters`. Its state is the optimizer's own: that, too, shares its memory.
+
+    :param optimizer: one parameter group, of just these parameters
+    :param flat: the parameters
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, flat: FlatParameters):
+        self.optimizer = optimizer
+        self.flat = flat
+        self.moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * optimizer.param_groups[0]["amsgrad"]
+        vectors = {key: th.zeros_like(flat._vector) for key in self.moments}
+        steps = th.zeros(len(flat.parameters))
+        self._views = [
+            dict(zip([*self.moments, "step"], views, strict=True))
+            for views in zip(*map(flat.split, vectors.values()), steps, strict=True)
+        ]
+        self._vectors = {key: vector.numpy() for key, vector in vectors.items()}
+        self._steps = steps.numpy()
+        self._scratch = np.empty_like(flat.vector)
+        self._adopt_state()
+
+    def is_current(self) -> bool:
+        """Whether the optimizer's state is still this one; ``load_state_dict`` replaces it."""
+        state, group = self.optimizer.state, self.optimizer.param_groups[0]
+        return ("max_exp_avg_sq" in self.moments) == group["amsgrad"] and all(
+            key in state[parameter] and state[parameter][key] is view
+            for parameter, views in zip(self.flat.parameters, self._views, strict=True)
+            for key, view in views.items()
+        )
+
+    def _adopt_state(self) -> None:
+        """Copy what the optimizer remembers, and give it our views in return; before its first step that is nothing."""
+        for parameter, views in zip(self.flat.parameters, self._views, strict=True):
+            state = self.optimizer.state[parameter]
+            for key, view in views.items():
+                if key in state:
+                    view.copy_(state[key])
+                state[key] = view
+
+    def step(self) -> None:
+        """One step along :attr:`FlatParameters.gradient`."""
+        group = self.optimizer.param_groups[0]
+        gradient = self.flat.gradient
+        if group["maximize"]:
+            np.negative(gradient, out=gradient)
+        self._steps += 1
+        adam_step(
+            self.flat.vector,
+            gradient,
+            **self._vectors,
+            scratch=self._scratch,
+            step=int(self._steps[0]),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group.get("decoupled_weight_decay", False),
+        )
+
+
+def adam_step(
+    vector: np.ndarray,
+    gradient: np.ndarray,
+    exp_avg: np.ndarray,
+    exp_avg_sq: np.ndarray,
+    max_exp_avg_sq: np.ndarray | None = None,
+    *,
+    scratch: np.ndarray,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> None:
+    r"""
+    One step of Adam, in place, on arrays of one shape.
+
+    .. math::
+        m &\leftarrow m + (1 - \beta_1)(g - m) \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \alpha \frac{m / c_1}{\sqrt{v / c_2} + \epsilon}
+            = \theta - \alpha \frac{\sqrt{c_2}}{c_1} \cdot \frac{m}{\sqrt v + \epsilon \sqrt{c_2}},
+            \qquad c_i = 1 - \beta_i^t
+
+    Weight decay adds :math:`\lambda \theta` to g; decoupled (AdamW), it scales :math:`\theta` by :math:`1 - \alpha \lambda`.
+    AMSGrad takes the largest v so far in the last line.
+
+    Sources: Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1 and the reordering of section 2; Loshchilov and
+    Hutter 2019, https://arxiv.org/abs/1711.05101; Reddi et al. 2018, https://arxiv.org/abs/1904.09237.
+
+    :param vector: theta
+    :param gradient: g; with weight decay that is added to it
+    :param exp_avg: m
+    :param exp_avg_sq: v
+    :param max_exp_avg_sq: the largest v so far; ``None`` for no AMSGrad
+    :param scratch: overwritten
+    :param step: t, 1 at the first step
+    """
+    beta1, beta2 = betas
+    root = math.sqrt(1 - beta2**step)
+    if weight_decay != 0 and decoupled:
+        vector *= 1 - lr * weight_decay
+    elif weight_decay != 0:
+        np.multiply(vector, weight_decay, out=scratch)
+        gradient += scratch
+    np.subtract(gradient, exp_avg, out=scratch)
+    scratch *= 1 - beta1
+    exp_avg += scratch
+    np.multiply(gradient, gradient, out=scratch)
+    scratch *= 1 - beta2
+    exp_avg_sq *= beta2
+    exp_avg_sq += scratch
+    if max_exp_avg_sq is not None:
+        exp_avg_sq = np.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    np.sqrt(exp_avg_sq, out=scratch)
+    scratch += eps * root
+    np.divide(exp_avg, scratch, out=scratch)
+    scratch *= lr * root / (1 - beta1**step)
+    vector -= scratch

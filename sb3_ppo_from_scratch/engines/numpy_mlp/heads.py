@@ -1,0 +1,298 @@
+"""
+Action distributions on NumPy arrays: sampling, log-probabilities, entropies, and their gradients by the network's outputs.
+
+Outputs lie as ``[n_outputs, B]``: sums over the few outputs of one sample are then sums of long rows, which NumPy does fast.
+Random numbers are those that torch's distributions would draw, from the same generator and in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
+
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head"]
+
+_LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
+
+
+class Head(ABC):
+    """
+    A distribution over actions, given the network's outputs z.
+
+    :meth:`forward` returns what :meth:`log_prob`, :meth:`entropy` and :meth:`gradient` then start from.
+    """
+
+    @abstractmethod
+    def forward(self, outputs: np.ndarray) -> Any:
+        """
+        :param outputs: z, ``[n_outputs, B]``; may be overwritten
+        :return: the distribution in whatever form the other methods want it
+        """
+
+    @abstractmethod
+    def sample(self, given: Any) -> np.ndarray:
+        """
+        Draw actions from torch's global generator.
+
+        :return: ``[B]`` int64 for a Discrete space, else ``[B, action_dim]``
+        """
+
+    @abstractmethod
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """
+        Actions in the form that :meth:`log_prob` and :meth:`gradient` take.
+
+        :param actions: ``[B, action_dim]``, or ``[B]`` as :meth:`sample` has them
+        """
+
+    @abstractmethod
+    def log_prob(self, given: Any, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: from :meth:`encode`
+        :return: ``[B]``
+        """
+
+    @abstractmethod
+    def entropy(self, given: Any) -> np.ndarray | float:
+        """In nats, ``[B]``, or one number where it is the same for all."""
+
+    @abstractmethod
+    def gradient(self, given: Any, actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float) -> np.ndarray:
+        r"""
+        Chain rule: :math:`\partial L / \partial z`, and into the head's own parameters' gradients theirs.
+
+        :param actions: from :meth:`encode`
+        :param by_log_prob: :math:`\partial L / \partial \log\pi(a|s)`, ``[B]``
+        :param by_entropy: :math:`\partial L / \partial S[\pi](s)`, the same for all samples
+        :return: ``[n_outputs, B]``
+        """
+
+    @abstractmethod
+    def parameters(self, given: Any) -> np.ndarray:
+        """``[B, n_params]``, as :func:`sb3_ppo_from_scratch.distributions.distribution_parameters` has them."""
+
+    @abstractmethod
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r"""
+        Mean over the batch of :math:`KL(\pi_{old} \| \pi_{new})` in nats, from two sets of :meth:`parameters`.
+
+        It is :func:`sb3_ppo_from_scratch.distributions.exact_kl` on arrays.
+
+        :param old: ``[B, n_params]``
+        :param new: ``[B, n_params]``
+        """
+
+
+class CategoricalHead(Head):
+    r"""
+    Independent categorical distributions: one for a Discrete space, several for a MultiDiscrete one.
+
+    With :math:`\ell = z - \mathrm{logsumexp}(z)` and :math:`p = e^\ell` for each factor:
+
+    .. math::
+        \log\pi(a) &= \sum_{factors} \ell_a, & \frac{\partial \log\pi(a)}{\partial z_j} &= [j = a] - p_j \\
+        S &= -\sum_j p_j \ell_j, & \frac{\partial S}{\partial z_j} &= -p_j (\ell_j + S_{factor})
+
+    :param sizes: number of choices of each factor
+    """
+
+    def __init__(self, sizes: list[int]):
+        self.sizes = sizes
+        self.starts = np.cumsum([0, *sizes[:-1]])[:, None]
+        self._slices = [slice(start, start + size) for start, size in zip(self.starts[:, 0], sizes, strict=True)]
+
+    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The normalised logits and the probabilities, ``[n_outputs, B]`` each."""
+        outputs -= self._per_factor(np.maximum, outputs)
+        probs = np.exp(outputs)
+        total = self._per_factor(np.add, probs)
+        probs /= total
+        outputs -= np.log(total)
+        return outputs, probs
+
+    def _per_factor(self, operation: np.ufunc, rows: np.ndarray) -> np.ndarray:
+        """Reduce each factor's rows; the result broadcasts against them."""
+        if len(self.sizes) == 1:
+            return operation.reduce(rows)
+        return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
+
+    def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """See :meth:`Head.sample`. The fastest of several exponential clocks with rates p is a draw from p."""
+        probs = given[1]
+        clocks = (th.from_numpy(np.empty(probs[rows].shape[::-1], probs.dtype)).exponential_() for rows in self._slices)
+        actions = [(probs[rows] / times.numpy().T).argmax(0) for rows, times in zip(self._slices, clocks, strict=True)]
+        return actions[0] if len(actions) == 1 else np.stack(actions, axis=1)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Where the chosen outputs lie in a flattened ``[n_outputs, B]``: ``[n_factors, B]``, int64."""
+        batch_size = len(actions)
+        rows = actions.reshape(batch_size, -1).T.astype(np.int64)
+        return (rows + self.starts) * batch_size + np.arange(batch_size)
+
+    def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """See :meth:`Head.log_prob`."""
+        logits = given[0]
+        chosen = logits.take(actions)
+        return chosen[0] if len(chosen) == 1 else np.add.reduce(chosen, axis=0)
+
+    def entropy(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """See :meth:`Head.entropy`. A logit of minus infinity counts as the smallest number, as in torch."""
+        logits, probs = given
+        return -np.add.reduce(probs * self._bounded(logits), axis=0)
+
+    def gradient(
+        self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float
+    ) -> np.ndarray:
+        """See :meth:`Head.gradient`."""
+        logits, probs = given
+        gradient = probs * -by_log_prob
+        gradient.reshape(-1)[actions] += by_log_prob
+        if by_entropy != 0:
+            weighted = probs * self._bounded(logits)
+            weighted -= probs * self._per_factor(np.add, weighted)
+            gradient -= by_entropy * weighted
+        return gradient
+
+    def parameters(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The normalised logits."""
+        return given[0].T
+
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j p_j (\ell_j - \ell'_j)`, see :meth:`Head.mean_kl`."""
+        kl = np.exp(old)
+        kl *= self._bounded(old) - self._bounded(new)
+        return float(np.add.reduce(kl, axis=None)) / len(old)
+
+    @staticmethod
+    def _bounded(logits: np.ndarray) -> np.ndarray:
+        return np.maximum(logits, _LOWEST[logits.dtype])
+
+
+class BernoulliHead(Head):
+    r"""
+    Independent coins, for a MultiBinary space: :math:`p = \sigma(z)`.
+
+    .. math::
+        \log\pi(a) &= \sum_j a_j z_j - \mathrm{softplus}(z_j), & \frac{\partial \log\pi(a)}{\partial z_j} &= a_j - p_j \\
+        S &= \sum_j \mathrm{softplus}(z_j) - p_j z_j, & \frac{\partial S}{\partial z_j} &= -z_j p_j (1 - p_j)
+    """
+
+    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """z, the probabilities and softplus(z), ``[n_outputs, B]`` each."""
+        return outputs, sigmoid(outputs), np.logaddexp(0, outputs)
+
+    def sample(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+        """See :meth:`Head.sample`."""
+        return th.bernoulli(th.from_numpy(np.ascontiguousarray(given[1].T))).numpy()
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """``[n_outputs, B]``, 0 or 1."""
+        return np.ascontiguousarray(actions.T)
+
+    def log_prob(self, given: tuple[np.ndarray, np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """See :meth:`Head.log_prob`."""
+        outputs, _, softplus = given
+        return np.add.reduce(actions * outputs - softplus, axis=0)
+
+    def entropy(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+        """See :meth:`Head.entropy`."""
+        outputs, probs, softplus = given
+        return np.add.reduce(softplus - probs * outputs, axis=0)
+
+    def gradient(
+        self,
+        given: tuple[np.ndarray, np.ndarray, np.ndarray],
+        actions: np.ndarray,
+        by_log_prob: np.ndarray,
+        by_entropy: float,
+    ) -> np.ndarray:
+        """See :meth:`Head.gradient`."""
+        outputs, probs, _ = given
+        gradient = (actions - probs) * by_log_prob
+        if by_entropy != 0:
+            gradient -= by_entropy * outputs * probs * (1 - probs)
+        return gradient
+
+    def parameters(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+        """The logits z."""
+        return given[0].T
+
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j p_j (z_j - z'_j) + \mathrm{softplus}(z'_j) - \mathrm{softplus}(z_j)`, see :meth:`Head.mean_kl`."""
+        kl = sigmoid(old) * (old - new) + np.logaddexp(0, new) - np.logaddexp(0, old)
+        return float(np.add.reduce(kl, axis=None)) / len(old)
+
+
+class GaussianHead(Head):
+    r"""
+    Independent Gaussians with mean z and a standard deviation :math:`\sigma` of their own, for a Box space.
+
+    With :math:`u = (a - z) / \sigma` and d dimensions:
+
+    .. math::
+        \log\pi(a) &= -\sum_j \tfrac12 u_j^2 + \log\sigma_j + \tfrac12 \log 2\pi, &
+        \frac{\partial \log\pi(a)}{\partial z_j} &= \frac{u_j}{\sigma_j}, &
+        \frac{\partial \log\pi(a)}{\partial \log\sigma_j} &= u_j^2 - 1 \\
+        S &= \sum_j \log\sigma_j + \tfrac12 (1 + \log 2\pi), & & & \frac{\partial S}{\partial \log\sigma_j} &= 1
+
+    :param log_std: :math:`\log\sigma`, ``[d]``
+    :param by_log_std: where the gradient by it goes, ``[d]``
+    """
+
+    def __init__(self, log_std: np.ndarray, by_log_std: np.ndarray):
+        self.log_std = log_std
+        self.by_log_std = by_log_std
+
+    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The means ``[d, B]`` and the standard deviations ``[d, 1]``."""
+        return outputs, np.exp(self.log_std)[:, None]
+
+    def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """See :meth:`Head.sample`."""
+        mean, std = given
+        noise = th.from_numpy(np.empty(mean.shape[::-1], mean.dtype)).normal_().numpy()
+        return mean.T + std.T * noise
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """``[d, B]``"""
+        return np.ascontiguousarray(actions.T)
+
+    def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """See :meth:`Head.log_prob`."""
+        mean, std = given
+        squares = ((actions - mean) / std) ** 2
+        constant = float(self.log_std.sum()) + len(std) * 0.5 * math.log(2 * math.pi)
+        return -0.5 * np.add.reduce(squares, axis=0) - constant
+
+    def entropy(self, given: tuple[np.ndarray, np.ndarray]) -> float:
+        """See :meth:`Head.entropy`."""
+        return float(self.log_std.sum()) + len(self.log_std) * 0.5 * (1 + math.log(2 * math.pi))
+
+    def gradient(
+        self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float
+    ) -> np.ndarray:
+        """See :meth:`Head.gradient`."""
+        mean, std = given
+        deviation = (actions - mean) / std
+        weighted = deviation * by_log_prob
+        self.by_log_std[:] = np.add.reduce(weighted * deviation, axis=1) - by_log_prob.sum() + by_entropy * len(by_log_prob)
+        weighted /= std
+        return weighted
+
+    def parameters(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The means, then the log standard deviations."""
+        mean, _ = given
+        return np.concatenate([mean, np.broadcast_to(self.log_std[:, None], mean.shape)]).T
+
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""
+        (mean, log_std), (new_mean, new_log_std) = np.split(old, 2, axis=1), np.split(new, 2, axis=1)
+        log_ratio = 2 * (log_std - new_log_std)
+        distance = ((mean - new_mean) / np.exp(new_log_std)) ** 2
+        return float(np.add.reduce(np.exp(log_ratio) + distance - 1 - log_ratio, axis=None)) / (2 * len(old))

@@ -1,0 +1,135 @@
+"""PPO's loss on NumPy arrays, and its gradient by what the network and the action distribution yield."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.engines.base import UpdateConfig
+from sb3_ppo_from_scratch.losses import PPOLoss
+
+__all__ = ["Batch", "OutputGradients", "normalized", "ppo_gradient"]
+
+
+class Batch(NamedTuple):
+    """:class:`~sb3_ppo_from_scratch.buffer.RolloutData` as arrays, with the same fields: a rollout, or a minibatch of B."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    old_values: np.ndarray
+    old_log_prob: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+    dist_params: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, data: RolloutData) -> Batch:
+        """Share the memory of ``data``, or of SB3's samples, on CPU."""
+        return cls(*(None if field is None else field.numpy() for field in data))  # type: ignore[union-attr, arg-type]
+
+    def shuffled(self) -> Batch:
+        """A copy in random order, drawn as :meth:`RolloutData.minibatches` draws it."""
+        order = np.random.permutation(len(self.advantages))
+        return Batch(*(None if field is None else field.take(order, axis=0) for field in self))  # type: ignore[arg-type]
+
+    def cut(self, batch_size: int) -> Iterator[Batch]:
+        """Minibatches in their order, as views; the last one may be smaller."""
+        for start in range(0, len(self.advantages), batch_size):
+            part = slice(start, start + batch_size)
+            yield Batch(*(None if field is None else field[part] for field in self))  # type: ignore[arg-type]
+
+
+class OutputGradients(NamedTuple):
+    """The gradient of the loss by what a forward pass yields."""
+
+    log_prob: np.ndarray
+    """``[B]``"""
+    entropy: float
+    """the same for every transition"""
+    values: np.ndarray
+    """``[B]``"""
+
+
+def normalized(advantages: np.ndarray, epsilon: float = 1e-8) -> np.ndarray:
+    """
+    As :func:`sb3_ppo_from_scratch.advantages.normalize_advantages`.
+
+    :param advantages: ``[B]``
+    :param epsilon: keeps the division finite when all advantages are equal
+    """
+    size = len(advantages)
+    if size <= 1:
+        return advantages
+    centred = advantages - np.add.reduce(advantages) / size
+    return centred / (math.sqrt(np.dot(centred, centred) / (size - 1)) + epsilon)
+
+
+def ppo_gradient(
+    log_prob: np.ndarray,
+    values: np.ndarray,
+    entropy: np.ndarray | float,
+    batch: Batch,
+    config: UpdateConfig,
+) -> tuple[PPOLoss, OutputGradients]:
+    r"""
+    :func:`sb3_ppo_from_scratch.losses.ppo_loss` and its gradient, with the sums over the batch taken in one pass.
+
+    With ratio :math:`\rho = e^{\log\pi_{new} - \log\pi_{old}}`, hence
+    :math:`\partial \rho / \partial \log\pi_{new} = \rho`, and batch size B:
+
+    .. math::
+        \frac{\partial L}{\partial \log\pi_{new}} &= -\tfrac1B A \rho
+            \;\text{ where } A\rho \le A\,\mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon) \text{, else } 0 \\
+        \frac{\partial L}{\partial S} &= -\tfrac1B c_{ent} \\
+        \frac{\partial L}{\partial V} &= \tfrac2B c_{vf} (V' - R)
+            \;\text{ where } V' = V \text{, else } 0, \qquad V' = V_{old} + \mathrm{clip}(V - V_{old}, -c, c)
+
+    :param log_prob: ``[B]``, now
+    :param values: ``[B]``, now
+    :param entropy: ``[B]`` or one number, now
+    :param batch: what the rollout knows
+    :param config: coefficients, and whether to normalise the advantages
+    :return: the loss and its parts as floats, and the gradient
+    """
+    size = len(values)
+    policy, value, entropies, kl, outside = terms = np.empty((5, size), values.dtype)
+    log_ratio = log_prob - batch.old_log_prob
+    ratio = np.exp(log_ratio)
+    np.subtract(ratio, 1, out=kl)
+    np.greater(np.abs(kl), config.clip_range, out=outside)
+    kl -= log_ratio
+
+    advantages = normalized(batch.advantages) if config.normalize_advantage else batch.advantages
+    unclipped = advantages * ratio
+    clipped = np.minimum(np.maximum(ratio, 1 - config.clip_range), 1 + config.clip_range)
+    clipped *= advantages
+    np.minimum(unclipped, clipped, out=policy)
+    by_log_prob = unclipped * (unclipped <= clipped)
+    by_log_prob *= -1 / size
+
+    error, learns = _value_error(values, batch, config.clip_range_vf)
+    np.multiply(error, error, out=value)
+    by_values = error * (2 * config.vf_coef / size)
+    if learns is not None:
+        by_values *= learns
+    entropies[:] = entropy
+
+    sums = (np.add.reduce(terms, axis=1) / size).tolist()
+    policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction = -sums[0], sums[1], -sums[2], sums[3], sums[4]
+    total = policy_loss + config.ent_coef * entropy_loss + config.vf_coef * value_loss
+    loss = PPOLoss(total, policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction)
+    return loss, OutputGradients(by_log_prob, -config.ent_coef / size, by_values)
+
+
+def _value_error(values: np.ndarray, batch: Batch, clip_range_vf: float | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The critic's error, and where it depends on the value; ``None`` for everywhere."""
+    if clip_range_vf is None:
+        return values - batch.returns, None
+    change = values - batch.old_values
+    clipped = np.minimum(np.maximum(change, -clip_range_vf), clip_range_vf)
+    learns = (change >= -clip_range_vf) & (change <= clip_range_vf)
+    return batch.old_values + clipped - batch.returns, learns

@@ -1,0 +1,14 @@
+"""Native vector environments as SB3's ``VecEnv``: any ``gymnasium.vector.VectorEnv``, ALE's and EnvPool's."""
+
+from sb3_ppo_from_scratch.vec_env.atari import ATARI_BACKENDS, NativeAtariEnv, make_native_atari_env
+from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
+from sb3_ppo_from_scratch.vec_env.wrappers import mind_reset_rows, with_reset_rows
+
+__all__ = [
+    "ATARI_BACKENDS",
+    "NativeAtariEnv",
+    "NativeVecEnv",
+    "make_native_atari_env",
+    "mind_reset_rows",
+    "with_reset_rows",
+]

@@ -1,0 +1,520 @@
+"""The NumPy engine computes what the reference engine computes, up to rounding, and knows what it cannot compute."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
+from threadpoolctl import threadpool_info, threadpool_limits
+from torch import nn
+
+from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, SharedMlpPolicy
+from sb3_ppo_from_scratch.advantages import normalize_advantages
+from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.engines import UpdateConfig, engine_class
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
+from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
+from tests.helpers import ToyEnv
+
+VECTOR = spaces.Box(-1.0, 1.0, (5,), np.float32)
+ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU]
+NO_CHANGE = 1e-3
+"""Two engines' updates may differ by this share of how far an update moves the parameters (float32 rounding)."""
+
+widths = st.lists(st.sampled_from([1, 2, 7, 16, 33]), max_size=3)
+action_spaces = st.one_of(
+    st.integers(1, 9).map(spaces.Discrete),
+    st.lists(st.integers(1, 5), min_size=1, max_size=4).map(spaces.MultiDiscrete),
+    st.integers(1, 5).map(spaces.MultiBinary),
+    st.sampled_from([(1,), (3,), (2, 2)]).map(lambda shape: spaces.Box(-1.0, 1.0, shape, np.float32)),
+)
+
+
+def make_policy(action_space: spaces.Space, shared: bool = False, **kwargs: Any) -> ActorCriticPolicy:
+    return (SharedMlpPolicy if shared else MlpPolicy)(VECTOR, action_space, ConstantSchedule(1e-3), **kwargs)
+
+
+def random_batch(policy: ActorCriticPolicy, size: int, policy_change: float, dtype: th.dtype) -> Batch:
+    """Transitions as an older policy might have left them: ratios on both sides of the clip range."""
+    observations = th.randn(size, *VECTOR.shape)
+    with th.no_grad():
+        distribution, values = outputs_of(policy, observations)
+        actions = distribution.get_actions()
+        noise = policy_change * th.randn(3, size, dtype=dtype)
+        old_log_prob = distribution.log_prob(actions) + noise[1]
+    flat = actions.reshape(size, -1).to(dtype)
+    advantages = th.randn(size, dtype=dtype)
+    fields = (observations, flat, values + noise[0], old_log_prob, advantages, values + noise[2] + 1)
+    return Batch(*(field.numpy() for field in fields))
+
+
+def outputs_of(policy: ActorCriticPolicy, observations: th.Tensor) -> Any:
+    """The distribution and the values, in the dtype of the policy's parameters."""
+    features = observations.to(policy.value_net.weight.dtype)
+    latent_pi, latent_vf = policy.mlp_extractor(features)
+    return policy._get_action_dist_from_latent(latent_pi), policy.value_net(latent_vf).flatten()
+
+
+def autograd(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, list[th.Tensor]]:
+    observations, actions, old_values, old_log_prob, advantages, returns = map(th.from_numpy, batch[:6])
+    if isinstance(policy.action_space, spaces.Discrete):
+        actions = actions.long().flatten()
+    distribution, values = outputs_of(policy, observations)
+    loss = ppo_loss(
+        values,
+        distribution.log_prob(actions),
+        distribution.entropy(),
+        advantages=normalize_advantages(advantages) if config.normalize_advantage else advantages,
+        returns=returns,
+        old_values=old_values,
+        old_log_prob=old_log_prob,
+        clip_range=config.clip_range,
+        clip_range_vf=config.clip_range_vf,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+    )
+    return loss, list(th.autograd.grad(loss.total, list(policy.parameters()), allow_unused=True))
+
+
+def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, list[th.Tensor]]:
+    engine = NumpyEngine(policy)
+    engine._flat.gradient[:] = np.nan  # whatever is not filled in shows
+    loss, by, distribution, actions = engine._forward(batch, config)
+    engine._network.backward(engine._head.gradient(distribution, actions, by.log_prob, by.entropy), by.values)
+    engine._flat.publish_gradient()
+    return loss, [parameter.grad for parameter in policy.parameters()]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    action_space=action_spaces,
+    pi=widths,
+    vf=st.one_of(st.none(), widths),
+    shared=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+    size=st.sampled_from([1, 2, 33, 64]),
+    policy_change=st.sampled_from([0.01, 0.1, 1.0]),
+    clip_range=st.sampled_from([-1e-4, 0.1, 0.2]),
+    clip_range_vf=st.sampled_from([None, 0.1]),
+    normalize_advantage=st.booleans(),
+    ent_coef=st.sampled_from([0.0, 0.01, -0.1]),
+    vf_coef=st.sampled_from([0.0, 0.5, 1.3]),
+)
+def test_gradient_is_autograds(
+    seed: int,
+    action_space: spaces.Space,
+    pi: list[int],
+    vf: list[int] | None,
+    shared: bool,
+    activation: type[nn.Module],
+    size: int,
+    policy_change: float,
+    **coefficients: Any,
+) -> None:
+    """In float64, to 1e-10 of the largest entry."""
+    th.manual_seed(seed)
+    np.random.seed(seed)
+    net_arch: Any = pi if shared else {"pi": pi, "vf": pi if vf is None else vf}
+    policy = make_policy(action_space, shared, net_arch=net_arch, activation_fn=activation).double()
+    batch = random_batch(policy, size, policy_change, th.float64)
+    config = UpdateConfig(batch_size=size, n_epochs=1, max_grad_norm=0.5, target_kl=None, **coefficients)
+    expected_loss, expected = autograd(policy, batch, config)
+    loss, actual = closed_form(policy, batch, config)
+    np.testing.assert_allclose(loss[:5], [part.item() for part in expected_loss[:5]], rtol=1e-10, atol=1e-12)
+    assert loss.clip_fraction == pytest.approx(expected_loss.clip_fraction.item(), rel=1e-6)  # float32 in torch
+    largest = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
+    for (name, _), a, b in zip(policy.named_parameters(), actual, expected, strict=True):
+        difference = float((a - (0 if b is None else b)).abs().max())
+        assert difference <= 1e-10 * largest + 1e-15, f"{name}: differs by {difference}, of {largest}"
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
+def test_exact_kl(action_space: spaces.Space) -> None:
+    policy = make_policy(action_space)
+    head = NumpyEngine(policy)._head
+    old, new = (distribution_parameters(outputs_of(policy, th.randn(64, 5))[0]).detach() + shift for shift in (0.0, 0.1))
+    if isinstance(action_space, spaces.Discrete):
+        old, new = old.log_softmax(1), new.log_softmax(1)
+    expected = exact_kl(policy.action_dist, old, new).mean().item()
+    assert head.mean_kl(old.numpy(), new.numpy()) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+# ------------------------------------------------------------- against the reference engine
+
+
+def vec_env(observation_space: spaces.Space, action_space: spaces.Space, n_envs: int = 4) -> DummyVecEnv:
+    return DummyVecEnv([lambda: ToyEnv(observation_space, action_space) for _ in range(n_envs)])
+
+
+def after_one_update(engine: str, observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any) -> Any:
+    """Start, end, metrics, and the rollout that the one update learned from."""
+    arguments: dict[str, Any] = {"policy": "MlpPolicy", "n_steps": 32, "batch_size": 32, "n_epochs": 20, **kwargs}
+    model = ScratchPPO(env=vec_env(observation_space, action_space), engine=engine, seed=5, device="cpu", **arguments)
+    start = nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+    metrics: dict[str, Any] = {}
+
+    class Recording(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            metrics.update(self.logger.name_to_value)
+
+    model.dump_logs = lambda *_: None  # keeps name_to_value
+    model.learn(32 * 4, callback=Recording())
+    return model, start, nn.utils.parameters_to_vector(model.policy.parameters()).detach(), metrics
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "shared": {"policy": "SharedMlpPolicy"},
+    "relu, three layers": {"policy_kwargs": {"activation_fn": nn.ReLU, "net_arch": [32, 32, 32]}},
+    "silu, unlike towers": {"policy_kwargs": {"activation_fn": nn.SiLU, "net_arch": {"pi": [16], "vf": [64, 32]}}},
+    "elu, no layers for the actor": {"policy_kwargs": {"activation_fn": nn.ELU, "net_arch": {"pi": [], "vf": [64]}}},
+    "leaky relu, no layers": {"policy_kwargs": {"activation_fn": nn.LeakyReLU, "net_arch": []}},
+    "value clipping, entropy": {"clip_range_vf": 0.2, "ent_coef": 0.02, "vf_coef": 0.7},
+    "no normalisation": {"normalize_advantage": False, "max_grad_norm": 0.05},
+    "schedules": {"learning_rate": lambda p: 1e-3 + p, "clip_range": lambda p: 0.2 + p, "ent_coef": lambda p: 0.01 + p},
+    "KL stop": {"target_kl": 0.003, "learning_rate": 1e-3},
+    "truncated minibatch": {"batch_size": 30},
+    "AdamW": {"policy_kwargs": {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}},
+    "weight decay": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-3}}},
+    "AMSGrad": {"policy_kwargs": {"optimizer_kwargs": {"amsgrad": True}}},
+    "SB3's buffer": {"rollout_buffer_class": type("Theirs", (RolloutBuffer,), {})},
+    "log_std_init": {"policy_kwargs": {"log_std_init": -1.0, "ortho_init": False}},
+}
+
+
+def compare_update(observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any) -> None:
+    theirs, start, expected, their_metrics = after_one_update("torch", observation_space, action_space, **kwargs)
+    ours, _, actual, our_metrics = after_one_update("numpy", observation_space, action_space, **kwargs)
+    # the same random numbers yield the same actions
+    np.testing.assert_allclose(ours.rollout_buffer.actions, theirs.rollout_buffer.actions, rtol=1e-4, atol=1e-5)
+    assert float((actual - expected).norm()) < NO_CHANGE * float((expected - start).norm())
+    trained = {key for key in their_metrics if key.startswith("train/")}
+    assert {key for key in our_metrics if key.startswith("train/")} == trained
+    for key in trained:
+        np.testing.assert_allclose(our_metrics[key], their_metrics[key], rtol=2e-2, atol=2e-5, err_msg=key)
+    ours_state, theirs_state = (model.policy.optimizer.state_dict() for model in (ours, theirs))
+    assert ours_state["param_groups"] == theirs_state["param_groups"]
+    for index, state in theirs_state["state"].items():
+        assert ours_state["state"][index].keys() == state.keys()
+        assert ours_state["state"][index]["step"] == state["step"]
+        np.testing.assert_allclose(ours_state["state"][index]["exp_avg"], state["exp_avg"], rtol=0.05, atol=2e-4)
+
+
+@pytest.mark.parametrize("action_space", ["discrete", "box"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_update_of_20_epochs_is_the_references(options: dict[str, Any], action_space: str) -> None:
+    compare_update(OBSERVATION_SPACES["box"], ACTION_SPACES[action_space], **options)
+
+
+@pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
+def test_on_every_action_space(action_space: spaces.Space) -> None:
+    compare_update(OBSERVATION_SPACES["box"], action_space, ent_coef=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in OBSERVATION_SPACES if name != "dict"])
+def test_on_every_observation_space(name: str) -> None:
+    compare_update(OBSERVATION_SPACES[name], ACTION_SPACES["discrete"])
+
+
+@pytest.mark.parametrize("n_envs", [1, 8])
+@pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
+def test_acts_as_the_reference_does(action_space: spaces.Space, n_envs: int) -> None:
+    policy = make_policy(action_space)
+    obs = th.randn(n_envs, 5)
+    th.manual_seed(3)
+    expected = TorchEngine(policy).act(obs)
+    after = th.get_rng_state()
+    th.manual_seed(3)
+    step = NumpyEngine(policy).act(obs)
+    assert th.equal(th.get_rng_state(), after)
+    assert step.actions.shape == expected.actions.shape
+    np.testing.assert_allclose(step.actions, expected.actions, rtol=1e-4, atol=1e-6)
+    assert step.actions.dtype == expected.actions.dtype
+    for ours, theirs in zip(step[1:], expected[1:], strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    th.testing.assert_close(NumpyEngine(policy).predict_values(obs), policy.predict_values(obs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_returns_stays_as_it_is() -> None:
+    engine = NumpyEngine(make_policy(spaces.Discrete(3)))
+    step = engine.act(th.randn(4, 5))
+    before = copy.deepcopy(step)
+    engine.act(th.randn(4, 5))
+    assert all(th.equal(th.as_tensor(a), th.as_tensor(b)) for a, b in zip(step, before, strict=True))
+
+
+# --------------------------------------------------------------------------------- memory
+
+
+def cartpole(**kwargs: Any) -> ScratchPPO:
+    return ScratchPPO(
+        "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0), n_steps=16, batch_size=8, n_epochs=2, seed=0, **kwargs
+    )
+
+
+def addresses(model: ScratchPPO) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.policy.parameters()]
+
+
+def assert_learns(model: ScratchPPO) -> None:
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    model.learn(64)
+    assert model._engine.name == "numpy"
+    assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
+    # the modules see what the engine computes with
+    obs = th.randn(3, 4)
+    th.testing.assert_close(model._engine.predict_values(obs), model.policy.predict_values(obs))
+
+
+def test_parameters_gradients_and_moments_are_the_policys_own() -> None:
+    model = cartpole().learn(64)
+    engine, optimizer = model._engine, model.policy.optimizer
+    stored = addresses(model)
+    model.learn(64)
+    assert addresses(model) == stored, "nothing is copied"
+    base = engine._flat.vector.ctypes.data
+    assert sorted(stored)[0] == base
+    for parameter in model.policy.parameters():
+        state = optimizer.state[parameter]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"] == 32  # 4 rollouts, 2 epochs, 4 minibatches
+        assert parameter.grad.shape == parameter.shape
+        assert parameter.is_contiguous()
+        assert parameter.is_leaf
+    norm = th.nn.utils.get_total_norm([parameter.grad for parameter in model.policy.parameters()])
+    assert 0 < norm <= 0.5 * (1 + 1e-5)
+
+
+def test_torch_may_take_over_at_any_time() -> None:
+    """Somebody else's step, on the policy's own optimizer, then ours again."""
+    model = cartpole().learn(64)
+    model.policy.optimizer.zero_grad()
+    model.policy.predict_values(th.randn(3, 4)).sum().backward()
+    model.policy.optimizer.step()
+    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} != {8.0}
+    model.engine = "torch"
+    model.learn(64)
+    assert model._engine.name == "torch"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda m: m.policy.load_state_dict({k: v + 0.1 for k, v in m.policy.state_dict().items()}), id="load"),
+        pytest.param(lambda m: m.set_parameters(copy.deepcopy(m.get_parameters())), id="set_parameters"),
+        pytest.param(lambda m: m.policy.optimizer.load_state_dict(m.policy.optimizer.state_dict()), id="optimizer"),
+        pytest.param(lambda m: setattr(m.policy.value_net.weight, "data", th.ones(1, 64)), id="data"),
+        pytest.param(lambda m: m.policy.double().float(), id="moved"),
+        pytest.param(lambda m: m.policy.optimizer.state.clear(), id="forgotten"),
+        pytest.param(lambda m: setattr(m, "policy", copy.deepcopy(m.policy)), id="copied"),
+        pytest.param(lambda m: setattr(m.policy, "optimizer", th.optim.Adam(m.policy.parameters())), id="new optimizer"),
+        pytest.param(lambda m: m.policy.zero_grad(), id="zero_grad"),
+    ],
+)
+def test_changes_from_outside_are_seen(change: Callable[[ScratchPPO], Any]) -> None:
+    """The run after the change is the reference engine's after the same change."""
+    ends = []
+    for engine in ("numpy", "torch"):
+        model = cartpole(engine=engine).learn(64)
+        change(model)
+        model.learn(32, reset_num_timesteps=False)
+        ends.append(nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+        if engine == "numpy":
+            assert_learns(model)
+    th.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_saved_and_loaded_goes_on(tmp_path: Path) -> None:
+    model = cartpole().learn(64)
+    model.save(tmp_path / "model")
+    loaded = ScratchPPO.load(tmp_path / "model", env=model.env)
+    theirs = PPO.load(tmp_path / "model", env=model.env)
+    for ours, a, b in zip(*(m.policy.parameters() for m in (model, loaded, theirs)), strict=True):
+        assert th.equal(ours, a)
+        assert th.equal(ours, b)
+    theirs.learn(32)
+    assert_learns(loaded)
+    assert_learns(model)
+
+
+def test_a_saved_model_is_no_larger_than_the_references(tmp_path: Path) -> None:
+    sizes = []
+    for engine in ("numpy", "torch"):
+        cartpole(engine=engine).learn(64).save(tmp_path / engine)
+        sizes.append((tmp_path / f"{engine}.zip").stat().st_size)
+    assert sizes[0] < 1.05 * sizes[1]
+
+
+def test_policies_can_be_pickled_and_copied() -> None:
+    policy = cartpole().learn(64).policy
+    for other in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
+        assert all(th.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+        NumpyEngine(other)
+        with th.no_grad():
+            other.value_net.weight.zero_()
+        assert policy.value_net.weight.abs().sum() > 0
+    file = io.BytesIO()
+    th.save(policy.state_dict(), file)
+    file.seek(0)
+    assert th.load(file, weights_only=True).keys() == policy.state_dict().keys()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.5, 0.9)}])
+@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
+def test_adam_is_torchs(optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any]) -> None:
+    th.manual_seed(0)
+    start = [th.randn(3, 4, dtype=th.float64), th.randn(7, dtype=th.float64)]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = [optimizer_class(parameters, lr=0.01, **kwargs) for parameters in (ours, theirs)]
+    flat = FlatParameters(ours)
+    adam = FlatAdam(optimizers[0], flat)
+    for _ in range(5):
+        gradients = [th.randn_like(x) for x in start]
+        flat.gradient[:] = th.cat([gradient.flatten() for gradient in gradients]).numpy()
+        adam.step()
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        optimizers[1].step()
+    for a, b in zip(ours, theirs, strict=True):
+        th.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert optimizers[0].state[a].keys() == optimizers[1].state[b].keys()
+        for key, value in optimizers[1].state[b].items():
+            th.testing.assert_close(optimizers[0].state[a][key], value, rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------- choice
+
+
+def changed(change: Callable[[ActorCriticPolicy], Any], **kwargs: Any) -> ActorCriticPolicy:
+    policy = make_policy(spaces.Discrete(3), **kwargs)
+    change(policy)
+    return policy
+
+
+class Overriding(ActorCriticPolicy):
+    pass
+
+
+UNSUPPORTED = {
+    "custom policy": (lambda: Overriding(VECTOR, spaces.Discrete(2), ConstantSchedule(1e-3)), "type Overriding"),
+    "gSDE": (lambda: make_policy(spaces.Box(-1.0, 1.0, (2,)), use_sde=True), "use_sde=True"),
+    "activation": (lambda: make_policy(spaces.Discrete(2), activation_fn=nn.GELU), "type GELU"),
+    "optimizer": (lambda: make_policy(spaces.Discrete(2), optimizer_class=th.optim.SGD), "type SGD"),
+    "float64": (lambda: make_policy(spaces.Discrete(2)).double(), "float32"),
+    "hook": (lambda: changed(lambda p: p.action_net.register_forward_hook(lambda *_: None)), "action_net has hooks"),
+    "parameter hook": (lambda: changed(lambda p: p.value_net.weight.register_hook(lambda g: g)), "hooks on value_net.weight"),
+    "forward": (lambda: changed(lambda p: setattr(p, "forward", p.forward)), "policy's forward was replaced"),
+    "inner forward": (lambda: changed(lambda p: setattr(p.action_net, "forward", p.action_net.forward)), "replaced"),
+    "shared": (lambda: changed(lambda p: setattr(p.value_net, "bias", p.mlp_extractor.value_net[0].bias)), "share"),
+    "frozen": (lambda: changed(lambda p: p.value_net.bias.requires_grad_(False)), "value_net.bias is not a trainable"),
+    "no bias": (lambda: changed(lambda p: setattr(p, "value_net", nn.Linear(64, 1, bias=False))), "no bias"),
+    "dropout": (lambda: changed(lambda p: p.mlp_extractor.policy_net.append(nn.Dropout())), "type Dropout"),
+    "two heads": (lambda: changed(lambda p: setattr(p, "action_net", nn.Sequential(nn.Linear(64, 3)))), "optimizer"),
+    "order": (lambda: changed(lambda p: p.mlp_extractor.policy_net.append(nn.Tanh())), "after each"),
+    "groups": (
+        lambda: changed(lambda p: setattr(p, "optimizer", th.optim.Adam([{"params": [x]} for x in p.parameters()]))),
+        "14 parameter groups|12 parameter groups",
+    ),
+    "optimizer hook": (lambda: changed(lambda p: p.optimizer.register_step_pre_hook(lambda *_: None)), "on the optimizer"),
+    "other parameters": (
+        lambda: changed(lambda p: setattr(p, "optimizer", th.optim.Adam([*p.parameters(), nn.Parameter(th.ones(1))]))),
+        "other parameters",
+    ),
+    "tensor rate": (lambda: changed(lambda p: p.optimizer.param_groups[0].update(lr=th.tensor(0.1))), "tensor"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_it_cannot_do_exactly_it_refuses(make: Callable[[], ActorCriticPolicy], reason: str) -> None:
+    policy = make()
+    assert engine_class("auto", policy) is TorchEngine
+    with pytest.raises(ValueError, match=f"cannot serve this model.*({reason})"):
+        engine_class("numpy", policy)
+
+
+def test_auto_takes_it_where_it_applies() -> None:
+    for shared in (False, True):
+        for action_space in ACTION_SPACES.values():
+            assert engine_class("auto", make_policy(action_space, shared)) is NumpyEngine
+
+
+def test_auto_falls_back_when_the_policy_is_changed_while_training(capsys: pytest.CaptureFixture[str]) -> None:
+    model = cartpole(verbose=1).learn(32)
+    assert "Using the numpy engine" in capsys.readouterr().out
+    calls = []
+    model.policy.action_net.register_forward_hook(lambda *_: calls.append(1))
+    model.learn(32)
+    assert "Using the torch engine" in capsys.readouterr().out
+    assert calls
+
+
+def test_not_a_number_is_an_error() -> None:
+    engine = NumpyEngine(make_policy(spaces.Discrete(3)))
+    with pytest.raises(ValueError, match="NaN"):
+        engine.act(th.full((2, 5), th.nan))
+
+
+# --------------------------------------------------------------------------------- threads
+
+
+def threads() -> list[int]:
+    return [th.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())]
+
+
+def test_the_processs_threads_are_left_alone() -> None:
+    seen = []
+
+    class Watching(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append(threads())
+            return True
+
+    with threadpool_limits(limits=2):
+        before = threads()
+        # 128 * 64 * 64 is large enough for BLAS to take another thread
+        model = ScratchPPO("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=64, batch_size=128, n_epochs=1, engine="numpy")
+        model.learn(128, callback=Watching())
+        assert threads() == before
+    assert seen.count(before) == len(seen) == 64
+
+
+def test_small_products_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ScratchPPO("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=64, batch_size=128, n_epochs=1, engine="numpy")
+    seen = []
+    forward = NumpyEngine._forward
+
+    def watching(self: NumpyEngine, *arguments: Any) -> Any:
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(NumpyEngine, "_forward", watching)
+    with threadpool_limits(limits=2):
+        model.learn(128)
+    assert set(seen) == {1}
