@@ -28,6 +28,7 @@ from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.checkpoint_file import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.plain_pickle import is_plain, load_plain
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
 from tests.runs import rows
@@ -128,6 +129,8 @@ def assert_exact(make: Callable[[], VecEnv], folder: Path, **kwargs: Any) -> Non
         lambda: VecNormalize(cartpole()),
         lambda: VecFrameStack(VecMonitor(DummyVecEnv([partial(gym.make, "CartPole-v1")] * 2)), 3),
         lambda: VecNormalize(forked_cartpole()),
+        lambda: VecNormalize(NativeVecEnv(gym.make_vec("CartPole-v1", 2))),
+        lambda: NativeVecEnv(gym.make_vec("CartPole-v1", 2, "sync")),
         lambda: make_vec_env("Acrobot-v1", n_envs=2),
         lambda: make_vec_env("FrozenLake-v1", n_envs=2),
         *(partial(toy, OBSERVATION_SPACES[name]) for name in ("box", "multidiscrete")),
@@ -137,6 +140,8 @@ def assert_exact(make: Callable[[], VecEnv], folder: Path, **kwargs: Any) -> Non
         "VecNormalize",
         "VecFrameStack",
         "SubprocVecEnv",
+        "native",
+        "sync",
         "acrobot",
         "toy-text",
         "box-space",

@@ -14,6 +14,7 @@ import yaml
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_ppo_from_scratch.zoo import SCRIPTS, hyperparams_file
+from tests.runs import rows
 
 pytest.importorskip("rl_zoo3", reason="the zoo is optional: pip install 'sb3-ppo-from-scratch[zoo]'")
 
@@ -196,6 +197,54 @@ def test_training_resumes_with_its_statistics(normalized):
     assert data["n_epochs"] == 3
     updates = load_from_zip_file(model)[1]["policy.optimizer"]["state"][0]["step"]
     assert parameters["policy.optimizer"]["state"][0]["step"] == updates + 3
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_in_its_folder_with_the_same_bits(tmp_path):
+    hyperparams = (*ENGINE, "n_envs:2", "normalize:True", "n_epochs:2")
+    options = (
+        "-n",
+        512,
+        "--seed",
+        3,
+        "--eval-freq",
+        200,
+        "--eval-episodes",
+        1,
+        "--checkpoint-freq",
+        1,
+        "-tb",
+        "tb",
+        *hyperparams,
+    )
+    for folder in ("whole", "cut"):
+        zoo("train", *CARTPOLE, "-f", folder, *options, cwd=tmp_path)
+    whole, cut = (tmp_path / folder / "scratch_ppo" / "CartPole-v1_1" for folder in ("whole", "cut"))
+    before, last = sorted((cut / "checkpoints").iterdir())
+    assert before.name.split("-")[1] == "448"
+    last.unlink()
+    for name in ("CartPole-v1.zip", "CartPole-v1/vecnormalize.pkl"):
+        (cut / name).unlink()
+
+    zoo("train", *CARTPOLE, "-f", "cut", *options, "--resume", cut, cwd=tmp_path)
+    assert [path.name for path in cut.parent.iterdir()] == ["CartPole-v1_1"]
+    parameters, others = (load_from_zip_file(path / "CartPole-v1.zip")[1]["policy"] for path in (cut, whole))
+    assert all(np.array_equal(parameters[name], others[name]) for name in others)
+    assert (
+        saved(tmp_path / "cut", "scratch_ppo", "CartPole-v1")[1] == saved(tmp_path / "whole", "scratch_ppo", "CartPole-v1")[1]
+    )
+    assert rows(cut) == rows(whole)
+    assert len(rows(whole)["0.monitor.csv"]) > 1
+    with np.load(cut / "evaluations.npz") as ours, np.load(whole / "evaluations.npz") as theirs:
+        assert ours["timesteps"].tolist() == theirs["timesteps"].tolist() == [200, 400]
+        assert ours["results"].tolist() == theirs["results"].tolist()
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    printed = zoo("train", *CARTPOLE, "-f", "logs", "--resume", "nowhere", cwd=tmp_path, status=1)
+    assert "--resume nowhere: no checkpoints in nowhere/checkpoints" in printed
+    printed = zoo("train", "--algo", "ppo", "--env", "CartPole-v1", "--checkpoint-freq", 0, cwd=tmp_path, status=1)
+    assert "--resume and --checkpoint-freq are for --algo scratch_ppo, not ppo" in printed
 
 
 def test_a_checkpoint_is_enjoyed_with_its_statistics(normalized):
