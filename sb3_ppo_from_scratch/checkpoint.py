@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["ResumableCheckpoint", "Resumed", "guarded_training", "has_checkpoint", "load_run"]
 
 _COST = 0.005
-"""Share of the training time for snapshots in memory, and the same again for files at the default frequency."""
+"""Share of the training time that snapshots may take; at the default frequency with their files, else without."""
 
 
 # ------------------------------------------------------- what a run depends on
@@ -154,7 +154,7 @@ def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) ->
         envs = dict(_own_envs(each))
         for attribute, env_state in state["envs"].items():
             if attribute in envs:
-                _restore_env(envs[attribute], env_state, trust)
+                _restore_env(envs[attribute], env_state, trust, fresh=True)
 
 
 # ------------------------------------------------------- resuming
@@ -171,6 +171,7 @@ class Resumed:
     def __init__(self, state: dict[str, Any], allow_pickle: bool):
         self._state = state
         self._trust = allow_pickle
+        self._fresh = True
         self.learn: dict[str, Any] = state["learn"]
         self.exact = not state["problems"]
 
@@ -179,7 +180,8 @@ class Resumed:
         env = model.env
         assert env is not None  # resume() takes one
         _set_random_states(self._state["random"])
-        if _restore_env(env, self._state["env"], self._trust):
+        fresh, self._fresh = self._fresh, False
+        if _restore_env(env, self._state["env"], self._trust, fresh):
             return
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
@@ -199,8 +201,10 @@ class Resumed:
         return make_logger(self._state["logger"])
 
 
-def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool) -> bool:
+def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -> bool:
     """:return: whether the environments go on where they were; if not, they are to be reset, and are seeded for it"""
+    if fresh and not state["problems"]:
+        env.reset()  # many make the objects of their state only here, and only their classes are then allowed in the file
     restore_vec_env(env, state, trust)
     if state["problems"]:
         env.seed(int(np.random.randint(2**31)))  # from the saved stream
@@ -262,7 +266,7 @@ class ResumableCheckpoint(BaseCallback):
         self._root: BaseCallback = self
         self._snapshot: tuple[int, bytes] | None = None
         self._saved_at = -1
-        self._next_snapshot = self._next_write = 0.0
+        self._next_time = 0.0
         self._told = False
         self.signal: int | None = None
 
@@ -282,26 +286,31 @@ class ResumableCheckpoint(BaseCallback):
         self._root = root
         self._snapshot = None
         self._saved_at = -1
-        self._next_snapshot = self._next_write = 0.0
+        self._next_time = 0.0
         self.signal = None
 
     def at_boundary(self) -> None:
         """Called between two iterations: take a snapshot, write a file, or neither."""
         self._stop_if_asked()
-        steps = self.model.num_timesteps
-        now = time.perf_counter()
-        due = now >= self._next_write if self.save_freq is None else steps - self._saved_at >= self.save_freq
-        if due or self._saved_at < 0 or now >= self._next_snapshot:
+        start = time.perf_counter()
+        cheap = start >= self._next_time
+        due = self._saved_at < 0 or (
+            cheap if self.save_freq is None else self.model.num_timesteps - self._saved_at >= self.save_freq
+        )
+        if due or cheap:
             self._take_snapshot()
-        if due or self._saved_at < 0:
-            self._write()
+            if due:
+                self._write()
+            end = time.perf_counter()
+            self._next_time = end + (end - start) / _COST
 
     def _take_snapshot(self) -> None:
-        start = time.perf_counter()
-        content, problems = capture_run(self.model, self._root)  # type: ignore[arg-type]  # ScratchPPO calls this
+        try:
+            content, problems = capture_run(self.model, self._root)  # type: ignore[arg-type]  # ScratchPPO calls this
+        except OSError as error:  # of a log file that is part of the run
+            self._warn(error)
+            return
         self._snapshot = (self.model.num_timesteps, content)
-        end = time.perf_counter()
-        self._next_snapshot = end + (end - start) / _COST
         if problems and not self._told:
             self._told = True
             warnings.warn(
@@ -311,20 +320,22 @@ class ResumableCheckpoint(BaseCallback):
             )
 
     def _write(self) -> None:
-        assert self._snapshot is not None
+        if self._snapshot is None:
+            return
         steps, content = self._snapshot
-        start = time.perf_counter()
         try:
             self._written = write_checkpoint(self.path, content, steps, self.keep)
         except OSError as error:
-            last = f"the last one is {self._written}" if self._written else "there is none yet"
-            warnings.warn(f"no checkpoint at {steps} timesteps in {self.path}: {error}; {last}", RuntimeWarning, stacklevel=2)
+            self._warn(error)
         else:
             if self.verbose >= 1:
                 print(f"Wrote {self._written}")
         self._saved_at = steps
-        end = time.perf_counter()
-        self._next_write = end + (end - start) / _COST
+
+    def _warn(self, error: OSError) -> None:
+        last = f"the last one is {self._written}" if self._written else "there is none yet"
+        steps = self.model.num_timesteps
+        warnings.warn(f"no checkpoint at {steps} timesteps in {self.path}: {error}; {last}", RuntimeWarning, stacklevel=3)
 
     def write_last_snapshot(self) -> Path | None:
         """Write the snapshot in memory, if it is newer than the last file. Returns the last file written, if any."""
@@ -379,7 +390,7 @@ def guarded_training(model: ScratchPPO, callback: BaseCallback, resumed: bool) -
         if isinstance(error, (EnvFailedError, Interrupted)):
             end_workers(env)
         if isinstance(error, Interrupted):
-            print(f"Interrupted; the run continues from {', '.join(map(str, files))}", file=sys.stderr)
+            print(f"Interrupted; the run continues from {', '.join(map(str, filter(None, files)))}", file=sys.stderr)
         raise
 
 

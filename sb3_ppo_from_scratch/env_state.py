@@ -41,7 +41,7 @@ _NO_STATE = (
     VecEnv,
     *_WORLDS,
 )
-_ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "class_attributes"})
+_ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "env_fns", "class_attributes"})
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _ANCHOR = (__name__, "_anchor")
 

@@ -336,6 +336,16 @@ def test_objects_of_classes_that_a_fresh_environment_does_not_hold_need_trust(tm
     assert trusted.env.get_attr("note")[1].text == "x"
 
 
+class NotingInReset(Noting):
+    def reset(self, **kwargs: Any) -> Any:
+        self.note = Note("z")
+        return super().reset(**kwargs)
+
+
+def test_objects_that_an_environment_makes_in_reset_need_none(tmp_path: Path) -> None:
+    assert_exact(partial(wrapped, NotingInReset), tmp_path)
+
+
 @pytest.mark.parametrize(
     "other",
     [lambda: cartpole(n_envs=3), lambda: VecNormalize(cartpole()), lambda: wrapped(Noting)],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -202,21 +203,8 @@ def test_training_resumes_with_its_statistics(normalized):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_its_folder_with_the_same_bits(tmp_path):
     hyperparams = (*ENGINE, "n_envs:2", "normalize:True", "n_epochs:2")
-    options = (
-        "-n",
-        512,
-        "--seed",
-        3,
-        "--eval-freq",
-        200,
-        "--eval-episodes",
-        1,
-        "--checkpoint-freq",
-        1,
-        "-tb",
-        "tb",
-        *hyperparams,
-    )
+    often = ("--eval-freq", 200, "--eval-episodes", 1, "--checkpoint-freq", 1)
+    options = ("-n", 512, "--seed", 3, *often, "-tb", "tb", *hyperparams)
     for folder in ("whole", "cut"):
         zoo("train", *CARTPOLE, "-f", folder, *options, cwd=tmp_path)
     whole, cut = (tmp_path / folder / "scratch_ppo" / "CartPole-v1_1" for folder in ("whole", "cut"))
@@ -230,9 +218,8 @@ def test_an_interrupted_run_goes_on_in_its_folder_with_the_same_bits(tmp_path):
     assert [path.name for path in cut.parent.iterdir()] == ["CartPole-v1_1"]
     parameters, others = (load_from_zip_file(path / "CartPole-v1.zip")[1]["policy"] for path in (cut, whole))
     assert all(np.array_equal(parameters[name], others[name]) for name in others)
-    assert (
-        saved(tmp_path / "cut", "scratch_ppo", "CartPole-v1")[1] == saved(tmp_path / "whole", "scratch_ppo", "CartPole-v1")[1]
-    )
+    normalizations = [pickle.loads((path / "CartPole-v1" / "vecnormalize.pkl").read_bytes()) for path in (cut, whole)]
+    assert len({(each.obs_rms.mean.tobytes(), each.ret_rms.var.tobytes()) for each in normalizations}) == 1
     assert rows(cut) == rows(whole)
     assert len(rows(whole)["0.monitor.csv"]) > 1
     with np.load(cut / "evaluations.npz") as ours, np.load(whole / "evaluations.npz") as theirs:
