@@ -9,6 +9,7 @@ A run that ends elsewhere goes on from the boundary before, and computes again, 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import pickle
 import random
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -65,7 +67,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
         "learn": learn,
         "elapsed": time.time_ns() - int(model.start_time),
         "random": _random_states(),
-        "engine": _engine_state(model),
+        "engine": model._current_engine().get_state(),
         "env": env,
         "callbacks": callbacks,
         "logger": capture_logger(model.logger),
@@ -92,49 +94,53 @@ def _set_random_states(states: dict[str, Any]) -> None:
         th.cuda.set_rng_state_all([th.from_numpy(state.copy()) for state in states["cuda"]])
 
 
-def _engine_state(model: ScratchPPO) -> Any:
-    get_state = getattr(model._current_engine(), "get_state", None)
-    return None if get_state is None else get_state()
-
-
 # ------------------------------------------------------- callbacks
 
 
-def _named(callback: BaseCallback) -> Iterator[tuple[tuple[str, int], BaseCallback]]:
-    """Every callback in a tree of them, under its class and how many of this class came before it."""
-    seen: dict[str, int] = {}
-    for each in _flat(callback):
-        name = f"{type(each).__module__}.{type(each).__qualname__}"
-        seen[name] = seen.get(name, -1) + 1
-        yield (name, seen[name]), each
-
-
 def _flat(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """Every callback in a tree of them, but for the lists."""
+    children: list[BaseCallback | None] = []
     if isinstance(callback, CallbackList):
-        for each in callback.callbacks:
-            yield from _flat(each)
-        return
-    if not isinstance(callback, ResumableCheckpoint):
+        children += callback.callbacks
+    else:
         yield callback
     if isinstance(callback, EventCallback):
-        for child in (callback.callback, getattr(callback, "callback_on_new_best", None)):
-            if child is not None:
-                yield from _flat(child)
+        children += [callback.callback, getattr(callback, "callback_on_new_best", None)]
+    for child in children:
+        if child is not None:
+            yield from _flat(child)
 
 
-def _checkpoints(callback: BaseCallback) -> list[ResumableCheckpoint]:
-    if isinstance(callback, CallbackList):
-        return [checkpoint for each in callback.callbacks for checkpoint in _checkpoints(each)]
-    return [callback] if isinstance(callback, ResumableCheckpoint) else []
+def _named(callback: BaseCallback) -> Iterator[tuple[tuple[str, int], BaseCallback]]:
+    """Every callback but the checkpoints' own, under its class and how many of this class came before it."""
+    seen: Counter[str] = Counter()
+    for each in _flat(callback):
+        if not isinstance(each, ResumableCheckpoint):
+            name = f"{type(each).__module__}.{type(each).__qualname__}"
+            yield (name, seen[name]), each
+            seen[name] += 1
 
 
 def _capture_callback(callback: BaseCallback) -> dict[str, Any]:
     """What the callback offers as ``state_dict()``, or else its plain attributes; and its environments."""
     own = getattr(callback, "state_dict", None)
-    hidden = ("locals", "globals", "verbose")
-    plain = {name: value for name, value in vars(callback).items() if name not in hidden and is_plain(value)}
-    envs = {name: capture_vec_env(env) for name, env in _own_envs(callback)}
-    return {"attributes": None if own is not None else plain, "state": own() if own is not None else None, "envs": envs}
+    return {
+        "attributes": None if own is not None else _plain_attributes(callback),
+        "state": None if own is None else own(),
+        "envs": {name: capture_vec_env(env) for name, env in _own_envs(callback)},
+    }
+
+
+def _plain_attributes(callback: BaseCallback) -> dict[str, Any]:
+    """Without texts that are constructor's arguments: such are paths and names, which may be others by then."""
+    arguments = inspect.signature(type(callback).__init__).parameters
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in ("locals", "globals", "verbose")
+        and not (isinstance(value, str) and name in arguments)
+        and is_plain(value)
+    }
 
 
 def _own_envs(callback: BaseCallback) -> list[tuple[str, VecEnv]]:
@@ -192,8 +198,7 @@ class Resumed:
         _restore_callbacks(callback, self._state["callbacks"], self._trust)
         restore_logger(model.logger, self._state["logger"])
         self.restore_env(model)
-        if self._state["engine"] is not None:
-            model._current_engine().set_state(self._state["engine"])  # type: ignore[attr-defined]  # it had a get_state
+        model._current_engine().set_state(self._state["engine"])
         model.start_time = time.time_ns() - self._state["elapsed"]
 
     def make_logger(self) -> Any:
@@ -376,7 +381,7 @@ def guarded_training(model: ScratchPPO, callback: BaseCallback, resumed: bool) -
     :param resumed: whether training continues a checkpoint
     :return: the checkpoint callbacks in ``callback``
     """
-    checkpoints = _checkpoints(callback)
+    checkpoints = [each for each in _flat(callback) if isinstance(each, ResumableCheckpoint)]
     for checkpoint in checkpoints:
         checkpoint.begin(callback, resumed)
     env = model.env

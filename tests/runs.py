@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,8 @@ def rows(folder: Path) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def in_a_process(task: str, folder: Path, ticks: int | None) -> int:
-    """Train in a fork, killed after so many steps; return its exit status."""
+def in_a_process(task: str, folder: Path, ticks: int | None, delay: float = 0.0) -> int:
+    """Train in a fork, killed after so many steps and seconds; return its exit status."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -108,6 +109,7 @@ def in_a_process(task: str, folder: Path, ticks: int | None) -> int:
             break
         ticks = None if ticks is None else ticks - 1
     if ticks == 0:
+        time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
     os.close(read)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -119,7 +121,9 @@ def main(task: str, folder: Path, kills: int, seed: int) -> None:
     moments = random.Random(seed)
     steps_per_rollout = TASKS[task][2]["n_steps"]
     for _ in range(kills):
-        status = in_a_process(task, folder / "killed", moments.randint(1, 3 * steps_per_rollout))
+        ticks = moments.randint(1, 3 * steps_per_rollout)
+        delay = moments.uniform(0.0, 0.03)  # about an iteration, with its update and the writing of its checkpoint
+        status = in_a_process(task, folder / "killed", ticks, delay)
         assert status == -signal.SIGKILL, "it was to be killed before its end"
     for name in ("killed", "whole"):
         assert in_a_process(task, folder / name, None) == 0

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.checkpoint_file import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.plain_pickle import is_plain, load_plain
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
@@ -438,6 +439,30 @@ def test_callbacks_go_on_where_they_were(tmp_path: Path) -> None:
     whole = StopTrainingOnMaxEpisodes(1000)
     learn(cartpole(), [whole])
     assert stopping.n_episodes == whole.n_episodes > 0
+
+
+def test_paths_given_to_callbacks_anew_are_heeded(tmp_path: Path) -> None:
+    places = iter(["before", "after"])
+
+    def make() -> list[BaseCallback]:
+        return [EvalCallback(cartpole(n_envs=1), eval_freq=20, log_path=str(tmp_path / next(places)), verbose=0)]
+
+    cut_off_and_resumed(cartpole, tmp_path / "checkpoints", callbacks=make)
+    timesteps = [np.load(tmp_path / place / "evaluations.npz")["timesteps"].tolist() for place in ("before", "after")]
+    assert timesteps == [[40, 80, 120, 160], list(range(40, TOTAL, 40))]
+
+
+def test_checkpoints_may_be_taken_by_a_child_of_another_callback(tmp_path: Path) -> None:
+    learn(cartpole(), [EveryNTimesteps(10**9, ResumableCheckpoint(1, tmp_path))])
+    assert has_checkpoint(tmp_path)
+
+
+def test_an_engine_gets_its_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(TorchEngine, "get_state", lambda engine: {"calls": 3})
+    monkeypatch.setattr(TorchEngine, "set_state", lambda engine, state: given.append(state))
+    cut_off_and_resumed(cartpole, tmp_path, engine="torch")
+    assert given == [{"calls": 3}]
 
 
 # ------------------------------------------------------- files
