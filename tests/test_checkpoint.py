@@ -25,10 +25,10 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
-from sb3_ppo_from_scratch.checkpoint_file import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
+from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
+from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
+from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
-from sb3_ppo_from_scratch.env_state import capture_vec_env, restore_vec_env
-from sb3_ppo_from_scratch.plain_pickle import is_plain, load_plain
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
@@ -584,7 +584,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("it went on")
 
     def first() -> None:
-        monkeypatch.setattr("sb3_ppo_from_scratch.checkpoint.ResumableCheckpoint.write_last_snapshot", interrupt)
+        monkeypatch.setattr("sb3_ppo_from_scratch.checkpoint.callback.ResumableCheckpoint.write_last_snapshot", interrupt)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

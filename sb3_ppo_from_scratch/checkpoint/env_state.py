@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_ppo_from_scratch.plain_pickle import PlainUnpickler, Reference, load_plain
+from sb3_ppo_from_scratch.checkpoint.plain_pickle import PlainUnpickler, Reference, load_plain
 
-__all__ = ["CannotCaptureError", "capture", "capture_vec_env", "read_file", "restore", "restore_vec_env", "rewrite_file"]
+__all__ = ["CannotCaptureError", "capture", "inner_worlds", "level_names", "read_file", "restore", "rewrite_file"]
 
 _WORLDS = (gym.Env, gym.vector.VectorEnv)
 _NO_STATE = (
@@ -119,7 +119,7 @@ def _kind(value: Any) -> _Kind | None:
 # ------------------------------------------------------- one world
 
 
-def _inner_worlds(value: Any) -> list[Any]:
+def inner_worlds(value: Any) -> list[Any]:
     """The environments that an attribute holds: itself, or the members of a list of them."""
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], _WORLDS):
         return list(value)
@@ -132,7 +132,7 @@ def _levels(root: Any) -> list[Any]:
         return levels
     for level in levels:  # grows while it is read
         for value in vars(level).values():
-            levels.extend(inner for inner in _inner_worlds(value) if all(inner is not other for other in levels))
+            levels.extend(inner for inner in inner_worlds(value) if all(inner is not other for other in levels))
     return levels
 
 
@@ -148,7 +148,7 @@ def _has_state(level: Any, name: str, value: Any) -> bool:
     return not (
         name in _ARGUMENTS
         or isinstance(value, _NO_STATE)
-        or bool(_inner_worlds(value))
+        or bool(inner_worlds(value))
         or (isinstance(level, SubprocVecEnv) and name in _PIPES)
         or type(value).__module__.partition(".")[0] == "pygame"
     )
@@ -207,7 +207,7 @@ def capture(root: Any) -> bytes:
     state = [level.state_dict() if _keeps_own_state(level) else _attributes(level) for level in levels]
     in_place = {key: kind.get(value) for key, value in anchors.items() if (kind := _kind(value)) is not None}
     try:
-        return pickle.dumps((_names(levels), _pickle((state, in_place), anchors)))
+        return pickle.dumps((level_names(levels), _pickle((state, in_place), anchors)))
     except Exception as error:  # whatever a pickled object's own code raises
         raise CannotCaptureError(_what_fails(levels, anchors) or f"{type(error).__name__}: {error}") from error
 
@@ -218,7 +218,8 @@ def _pickle(state: Any, anchors: dict[Key, Any]) -> bytes:
     return file.getvalue()
 
 
-def _names(levels: list[Any]) -> list[str]:
+def level_names(levels: Sequence[Any]) -> list[str]:
+    """The classes of levels: what must be the same to put a state into them."""
     return [f"{type(level).__module__}.{type(level).__qualname__}" for level in levels]
 
 
@@ -245,8 +246,8 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     levels = _levels(root)
     anchors = _anchors(levels)
     names, content = load_plain(data)
-    if names != _names(levels):
-        raise ValueError(f"env must be made as the checkpoint's was, of {names}, not of {_names(levels)}")
+    if names != level_names(levels):
+        raise ValueError(f"env must be made as the checkpoint's was, of {names}, not of {level_names(levels)}")
     try:
         state, in_place = _Unpickler(content, anchors, _classes(root, anchors), trust).load()
     except pickle.UnpicklingError as error:
@@ -270,107 +271,3 @@ def _classes(root: Any, anchors: dict[Key, Any]) -> set[Reference]:
         unpickler.load()
         return unpickler.classes
     return set()
-
-
-# ------------------------------------------------------- in a worker of SubprocVecEnv
-
-
-class _Installer:
-    """
-    Arrives in a worker as the name of a method that ``gymnasium.Env`` has got there.
-
-    SB3's worker calls methods of its environment and nothing else, and the environment has been made by the time we meet it.
-    """
-
-    def __reduce__(self) -> Any:
-        return _install, ()
-
-
-def _install() -> str:
-    gym.Env.scratch_ppo_capture = _reply_with_state  # type: ignore[attr-defined]
-    gym.Env.scratch_ppo_restore = _reply_to_restore  # type: ignore[attr-defined]
-    return "scratch_ppo_capture"
-
-
-def _reply_with_state(env: gym.Env) -> tuple[bytes | None, str]:
-    """State or reason: an error would end the worker."""
-    try:
-        return capture(env), ""
-    except Exception as error:  # noqa: BLE001  # the caller gets to know
-        return None, str(error)
-
-
-def _reply_to_restore(env: gym.Env, data: bytes, trust: bool) -> Exception | None:
-    try:
-        restore(env, data, trust)
-    except ValueError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  # other classes may not travel
-        return ValueError(f"{type(error).__name__}: {error}")
-    return None
-
-
-# ------------------------------------------------------- a VecEnv
-
-
-def vec_levels(env: VecEnv) -> list[VecEnv]:
-    """A ``VecEnv``'s wrappers, outermost first, and the one that they wrap."""
-    levels = [env]
-    while isinstance(inner := getattr(levels[-1], "venv", None), VecEnv):
-        levels.append(inner)
-    return levels
-
-
-def _worlds(base: VecEnv) -> list[Any]:
-    return [world for value in vars(base).values() for world in _inner_worlds(value)]
-
-
-def capture_vec_env(env: VecEnv) -> dict[str, Any]:
-    """
-    The state of a ``VecEnv``: its wrappers' and its worlds'.
-
-    :return: ``wrappers`` and ``worlds``, lists of bytes, or ``None`` where a state cannot be captured, and ``problems``,
-        which say why
-    """
-    levels = vec_levels(env)
-    base = levels[-1]
-    if isinstance(base, SubprocVecEnv):
-        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
-        worlds = base.env_method("scratch_ppo_capture")
-    else:
-        worlds = [_reply_with_state(world) for world in _worlds(base)]
-    wrappers = [_reply_with_state(level) for level in levels]  # type: ignore[arg-type]  # it takes both
-    problems = [reason for state, reason in (*wrappers, *worlds) if state is None]
-    return {
-        "wrappers": [state for state, _ in wrappers],
-        "worlds": [state for state, _ in worlds],
-        "problems": list(dict.fromkeys(problems)),
-    }
-
-
-def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> None:
-    """
-    Put a captured state into a ``VecEnv`` of the same make; what could not be captured stays as it is.
-
-    :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
-    """
-    levels = vec_levels(env)
-    base = levels[-1]
-    n_worlds = base.num_envs if isinstance(base, SubprocVecEnv) else len(_worlds(base))
-    if len(levels) != len(state["wrappers"]) or n_worlds != len(state["worlds"]):
-        raise ValueError(
-            f"env must have {len(state['wrappers'])} vectorized levels and {len(state['worlds'])} environments as the "
-            f"checkpoint's had, not {_names(levels)} and {n_worlds}"
-        )
-    if isinstance(base, SubprocVecEnv):
-        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
-    for index, world_state in enumerate(state["worlds"]):
-        if world_state is not None and isinstance(base, SubprocVecEnv):
-            (error,) = base.env_method("scratch_ppo_restore", world_state, trust, indices=index)
-            if error is not None:
-                raise error
-        elif world_state is not None:
-            restore(_worlds(base)[index], world_state, trust)
-    for level, level_state in zip(levels, state["wrappers"], strict=True):
-        if level_state is not None:
-            restore(level, level_state, trust)

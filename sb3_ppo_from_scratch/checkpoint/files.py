@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sb3_ppo_from_scratch.plain_pickle import load_plain
+from sb3_ppo_from_scratch.checkpoint.plain_pickle import load_plain
 
 __all__ = ["FORMAT_VERSION", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
 
