@@ -20,7 +20,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-__all__ = ["EnvFailedError", "end_workers", "step_environments", "watch_workers"]
+__all__ = ["EnvFailedError", "end_workers", "explain_failure", "step_environments", "watch_workers"]
 
 _LOST = (EOFError, ConnectionError)
 """What a pipe to a worker raises when the worker has ended."""
@@ -48,10 +48,11 @@ def step_environments(env: VecEnv, actions: np.ndarray) -> VecEnvStepReturn:
     try:
         return env.step(actions)
     except Exception as error:
-        raise _explain(env, error) from error
+        raise explain_failure(env, error) from error
 
 
-def _explain(env: VecEnv, error: Exception) -> EnvFailedError:
+def explain_failure(env: VecEnv, error: Exception) -> EnvFailedError:
+    """The error to raise for one that came from ``env``: it says which environment failed, and what its process last said."""
     base = env.unwrapped
     if isinstance(base, SubprocVecEnv) and base in _workers and isinstance(error, _LOST):
         return _workers[base].explain()

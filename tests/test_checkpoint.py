@@ -25,6 +25,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
@@ -510,6 +511,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mkdir"):
         ScratchPPO.resume(tmp_path, cartpole())
     assert not (tmp_path / "exploded").exists()
+
+
+def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(cartpole(), [ResumableCheckpoint(1, tmp_path)], total=32)
+    there = th.__version__.partition("+")[0]
+    monkeypatch.setattr(run_state, "version", lambda name: "0.1")
+    with pytest.warns(UserWarning, match=rf"may not be bit-exact, with torch 0\.1 instead of {there}"):
+        ScratchPPO.resume(tmp_path, cartpole())
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_ppo_from_scratch import EnvFailedError, ResumableCheckpoint, ScratchPPO, has_checkpoint
@@ -105,6 +106,22 @@ def test_a_process_that_ends(method: str, dies: bool, tmp_path: Path) -> None:
     assert not any(process.is_alive() for process in env.processes)
     assert has_checkpoint(tmp_path)
     env.close()
+
+
+def test_a_process_that_dies_during_an_update(tmp_path: Path) -> None:
+    env = subproc("fork")
+
+    class Killing(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            env.processes[2].kill()
+            env.processes[2].join()
+
+    error = learn_until_it_fails(env, ResumableCheckpoint(1, tmp_path), Killing())
+    assert "environment 2 (CartPole-v1) failed: its process ended by signal 9" in str(error)
+    assert ScratchPPO.resume(tmp_path, DummyVecEnv(three())).num_timesteps == 0
 
 
 def test_a_reset_that_fails_within_a_step() -> None:

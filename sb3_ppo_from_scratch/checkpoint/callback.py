@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_from_scratch.checkpoint.files import checkpoint_files, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.run_state import all_callbacks, capture_run
-from sb3_ppo_from_scratch.env_failure import EnvFailedError, end_workers, watch_workers
+from sb3_ppo_from_scratch.env_failure import EnvFailedError, end_workers, explain_failure, watch_workers
 from sb3_ppo_from_scratch.validation import check_integer
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ class ResumableCheckpoint(BaseCallback):
     def _take_snapshot(self) -> None:
         try:
             content, problems = capture_run(self.model, self._root)  # type: ignore[arg-type]  # ScratchPPO calls this
+        except (EOFError, ConnectionError) as error:  # from an environment's process
+            raise explain_failure(self.training_env, error) from error
         except OSError as error:  # of a log file that is part of the run
             self._warn(error)
             return

@@ -1,9 +1,9 @@
 """
 Everything that the rest of a training run depends on, as one object of plain data.
 
-It is taken between two iterations. Such a *boundary* is the one moment at which the rollout buffer holds nothing that matters:
-its data have been learned from and logged, and the next rollout has not begun. SB3's ``CheckpointCallback`` saves in the middle
-of one (SB3 issues 1526 and 1643).
+It is taken between two iterations. Such a *boundary* is the one moment at which the rollout buffer holds nothing that
+matters: its data have been learned from and logged, and the next rollout has not begun. SB3's ``CheckpointCallback`` saves in
+the middle of one (SB3 issues 1526 and 1643).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,15 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
         "callbacks": callbacks,
         "logger": capture_logger(model.logger),
         "problems": list(dict.fromkeys(problems)),
+        "made_with": _surroundings(),
     }
     return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), state["problems"]
+
+
+def _surroundings() -> dict[str, str]:
+    """What else the bits depend on, as far as it can be named."""
+    packages = ("torch", "numpy", "stable_baselines3", "gymnasium")
+    return {**{name: version(name) for name in packages}, "torch threads": str(th.get_num_threads())}
 
 
 def _random_states() -> dict[str, Any]:
@@ -219,4 +227,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
             f"({'; '.join(state['problems'])})",
             stacklevel=3,
         )
+    here, there = _surroundings(), state["made_with"]
+    if differences := [f"{name} {here.get(name)} instead of {there[name]}" for name in there if there[name] != here.get(name)]:
+        warnings.warn(f"this resume may not be bit-exact, with {', '.join(differences)}", stacklevel=3)
     return state
