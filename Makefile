@@ -4,13 +4,19 @@ JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests
 
-.PHONY: help cartpole test check lint format-check format type clean
+.PHONY: help cartpole throughput components test check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 cartpole: .venv/installed ## the main job: ScratchPPO beside SB3's PPO on CartPole-v1
 	$(BIN)/python -m benchmarks.cartpole --engine torch --out runs/cartpole
+
+throughput: .venv/installed ## the speed of all engines beside SB3's PPO, about 20 minutes
+	$(BIN)/python -m benchmarks.throughput --out runs/throughput
+
+components: .venv/installed ## what each part of an iteration costs
+	$(BIN)/python -m benchmarks.components --out runs/components.json
 
 test: .venv/installed ## all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)

@@ -21,10 +21,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch as th
-import yaml
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -32,25 +30,15 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from benchmarks.record import RESULTS, ROOT, provenance, write_json
+from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
 ENV_ID = "CartPole-v1"
-HYPERPARAMETERS = ROOT / "hyperparams" / "scratch_ppo.yml"
 EVALUATION_SEED = 1_000_000  # far from the training environments' seeds
 SMOOTHING = 30  # episodes per point of the learning curve
 
 Record = dict[str, Any]
-
-
-class Task(NamedTuple):
-    """An environment's entry in the hyperparameter file."""
-
-    n_timesteps: float
-    policy: str
-    n_envs: int
-    arguments: dict[str, Any]
-    """The algorithm's own arguments, schedules included."""
 
 
 class Episode(NamedTuple):
@@ -94,26 +82,12 @@ class EpisodeLog(BaseCallback):
         return True
 
 
-def load_task(env_id: str = ENV_ID) -> Task:
-    """
-    Read an entry of the hyperparameter file; ``lin_x`` becomes the schedule that rl-zoo3 makes of it.
-
-    :param env_id: the entry's name
-    """
-    entry = yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))[env_id]
-    n_timesteps, policy, n_envs = (entry.pop(name) for name in ("n_timesteps", "policy", "n_envs"))
-    for name, value in entry.items():
-        if isinstance(value, str) and value.startswith("lin_"):
-            entry[name] = SimpleLinearSchedule(value.removeprefix("lin_"))
-    return Task(n_timesteps, policy, n_envs, arguments=entry)
-
-
 def build(algorithm: type[OnPolicyAlgorithm], task: Task, seed: int, engine: str) -> OnPolicyAlgorithm:
     """
     A fresh model with environments of its own.
 
     :param algorithm: ``ScratchPPO`` or SB3's ``PPO``
-    :param task: see :func:`load_task`
+    :param task: see :func:`benchmarks.tasks.load_task`
     :param seed: of the model and its environments
     :param engine: ScratchPPO's engine
     """
@@ -127,7 +101,7 @@ def train_and_evaluate(algorithm: type[OnPolicyAlgorithm], task: Task, seed: int
     One run. Only ``learn`` is timed: neither the set-up nor the evaluation is.
 
     :param algorithm: ``ScratchPPO`` or SB3's ``PPO``
-    :param task: see :func:`load_task`
+    :param task: see :func:`benchmarks.tasks.load_task`
     :param seed: of the model and its environments
     :param options: see :func:`parse_options`
     """
@@ -154,7 +128,7 @@ def run_pairs(options: argparse.Namespace) -> list[tuple[Run, Run]]:
     :param options: see :func:`parse_options`
     :return: per pair, ScratchPPO's run and SB3's; pair i has the seed ``options.seed + i``
     """
-    task = load_task()
+    task = load_task(ENV_ID)
     for algorithm in (ScratchPPO, PPO):
         model = build(algorithm, task, options.seed, options.engine)
         model.learn(2 * task.n_envs * task.arguments["n_steps"])
@@ -330,7 +304,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cartpole", description="ScratchPPO beside SB3's PPO on CartPole-v1"
     )
-    parser.add_argument("--timesteps", type=float, default=load_task().n_timesteps, help="environment steps (%(default)g)")
+    parser.add_argument(
+        "--timesteps", type=float, default=load_task(ENV_ID).n_timesteps, help="environment steps (%(default)g)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first pair; the next ones count on (%(default)s)")
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="torch", help="ScratchPPO's engine (%(default)s)")
     parser.add_argument("--pairs", type=int, default=1, help="how often to train both, in turns (%(default)s)")

@@ -21,8 +21,9 @@ from scipy import stats
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks.cartpole import EVALUATION_SEED, load_task
+from benchmarks.cartpole import EVALUATION_SEED
 from benchmarks.record import provenance, write_json
+from benchmarks.tasks import load_task
 from sb3_ppo_from_scratch import ScratchPPO
 
 ENGINES = ("numpy", "torch")

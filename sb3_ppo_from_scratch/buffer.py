@@ -49,7 +49,7 @@ class RolloutData(NamedTuple):
     def take(self, indices: th.Tensor, channels_last: bool = False) -> RolloutData:
         """
         :param indices: ``[b]``, int64, on the data's device
-        :param channels_last: whether images are to lie channels-last in memory as in the buffer; torch would change that
+        :param channels_last: whether images lie channels-last in the copy too, as in the buffer; or else channels-first
         :return: a copy of those transitions, in that order
         """
 

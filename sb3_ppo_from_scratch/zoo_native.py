@@ -51,8 +51,8 @@ class NativeExperimentManager(exp_manager.ExperimentManager):
         super().__init__(*args, **(kwargs | {"vec_env_type": "dummy"} if self._kind else kwargs))
         if self._kind is not None and not issubclass(ALGOS[self.algo], ScratchPPO):
             raise ValueError(
-                f"--vec-env {self._kind} is for --algo scratch_ppo, not {self.algo}, which would learn from the steps that "
-                "begin an episode"
+                f"--vec-env {self._kind} is for --algo scratch_ppo, not {self.algo}, which would take the steps that begin an "
+                "episode for transitions"
             )
         self._atari_options: dict[str, Any] = {}
         self._lock = threading.RLock()  # --n-jobs searches in threads

@@ -171,6 +171,37 @@ def test_without_distribution_parameters_there_are_none() -> None:
     assert full_buffer().dataset().dist_params is None
 
 
+def test_rows_that_are_no_transitions_are_left_out() -> None:
+    buffer = make(ScratchRolloutBuffer)
+    for rollout in range(2):  # the second knows nothing of the first
+        buffer.reset()
+        kept = []
+        for step in range(N_STEPS):
+            ids = th.arange(N_ENVS, dtype=th.float32) * N_STEPS + step
+            valid = np.ones(N_ENVS, bool)
+            if step in (2 + rollout, 5):
+                valid[step % N_ENVS] = False
+            obs = np.tile(ids.numpy()[:, None], (1, 3))
+            zeros = np.zeros(N_ENVS)
+            buffer.add(obs, zeros, zeros, zeros, ids, ids, th.stack([ids, -ids], 1), None if step == 0 else valid)
+            kept += ids[th.from_numpy(valid)].tolist()
+        data = buffer.dataset()
+        assert data.size == N_STEPS * N_ENVS - 2
+        assert data.old_values.tolist() == data.old_log_prob.tolist() == data.observations[:, 1].tolist() == sorted(kept)
+        assert data.dist_params[:, 1].tolist() == [-x for x in sorted(kept)]
+        assert sorted(th.cat([batch.old_values for batch in buffer.get(4)]).tolist()) == sorted(kept)
+
+
+def test_a_mask_is_kept_only_where_there_is_something_to_leave_out() -> None:
+    buffer = make(ScratchRolloutBuffer)
+    zeros = np.zeros(N_ENVS)
+    for _ in range(N_STEPS):
+        buffer.add(np.zeros((N_ENVS, 3)), zeros, zeros, zeros, th.zeros(N_ENVS), th.zeros(N_ENVS), valid=np.ones(N_ENVS, bool))
+    assert buffer.valid is None
+    buffer.observations[:] = 1.0
+    assert (buffer.dataset().observations == 1).all()  # still a view
+
+
 def test_is_what_scratch_ppo_uses() -> None:
     model = ScratchPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8)
     assert type(model.rollout_buffer) is ScratchRolloutBuffer

@@ -121,7 +121,7 @@ def test_a_process_that_dies_during_an_update(tmp_path: Path) -> None:
 
     error = learn_until_it_fails(env, ResumableCheckpoint(1, tmp_path), Killing())
     assert "environment 2 (CartPole-v1) failed: its process ended by signal 9" in str(error)
-    assert ScratchPPO.resume(tmp_path, DummyVecEnv(three())).num_timesteps == 0
+    assert has_checkpoint(tmp_path)
 
 
 def test_a_reset_that_fails_within_a_step() -> None:

@@ -12,7 +12,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import ConstantSchedule
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, to_env_actions
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from tests.envs import ClockEnv
 
 ASYMMETRIC = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
@@ -61,6 +62,30 @@ def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -
     bootstrap_time_limits(rewards, np.array([True, True, True, False, True]), infos, value, gamma=0.5)
     assert rewards.tolist() == [36.0, 1.0, 1.0, 1.0, 71.0]
     assert asked == [7.0, 14.0]
+
+
+@pytest.mark.parametrize("key", [None, "state"])
+def test_trap_2_other_engines_may_be_asked_for_all_values_in_one_call(key: str | None) -> None:
+    """Trap 2: the reference engine may not, for a batched call may round differently."""
+    assert not TorchEngine.batched_bootstrap
+    finals = [np.array([7.0]), np.array([9.0]), np.array([14.0])]
+    infos: list[dict[str, Any]] = [
+        {"terminal_observation": final if key is None else {key: final}, "TimeLimit.truncated": cut}
+        for final, cut in zip(finals, (True, False, True), strict=True)
+    ]
+    asked: list[list[list[float]]] = []
+
+    def values(observations: Any) -> np.ndarray:
+        batch = observations if key is None else observations[key]
+        asked.append(batch.tolist())
+        return 10 * batch[:, 0]
+
+    rewards = np.ones(4)
+    bootstrap_time_limits_at_once(rewards, np.array([True, True, True, False]), [*infos, {}], values, gamma=0.5)
+    assert rewards.tolist() == [36.0, 1.0, 71.0, 1.0]
+    assert asked == [[[7.0], [14.0]]]
+    bootstrap_time_limits_at_once(rewards, np.zeros(4, bool), [{}] * 4, values, gamma=0.5)
+    assert len(asked) == 1
 
 
 def clock_model(truncated: bool, **kwargs: Any) -> tuple[ScratchPPO, ClockEnv]:

@@ -258,6 +258,58 @@ def test_breakout_is_trained_and_enjoyed(breakout):
     assert "Atari Episode Score" in printed
 
 
+# ------------------------------------------------------------- native environments
+
+
+def test_native_cartpole_is_trained_resumed_and_enjoyed(tmp_path):
+    native = ("--vec-env", "native", "--seed", 1, "-f", "logs")
+    options = ("--eval-freq", 512, "--eval-episodes", 2, "--save-freq", 512)
+    printed = zoo("train", *CARTPOLE, *native, *options, "-n", 1024, *ENGINE, "normalize:True", "n_envs:4", cwd=tmp_path)
+    assert "Eval num_timesteps=1024" in printed
+    run = tmp_path / "logs" / "scratch_ppo" / "CartPole-v1_1"
+    statistics = run / "CartPole-v1" / "vecnormalize.pkl"
+    assert b"sb3_ppo_from_scratch" not in statistics.read_bytes()
+    episodes = (run / "0.monitor.csv").read_text().splitlines()[2:]
+    n_steps = sum(int(episode.split(",")[1]) for episode in episodes)
+    assert n_steps <= 1024 - (len(episodes) - 4)  # a reset, of which each but an environment's last has been, is no step
+    assert yaml.unsafe_load((run / "CartPole-v1" / "args.yml").read_text())["vec_env"] == "native"
+    printed = zoo("train", *CARTPOLE, *native, "-n", 256, "--eval-freq", -1, "-i", run / "CartPole-v1.zip", cwd=tmp_path)
+    assert "Loading saved VecNormalize stats" in printed
+    printed = zoo("enjoy", *CARTPOLE, "-f", "logs", "--exp-id", 1, "--no-render", "-n", 600, cwd=tmp_path)
+    assert "Loading running average" in printed
+    assert "Mean reward" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["native", "envpool"])
+def test_native_breakout_is_trained_and_enjoyed(kind, tmp_path):
+    pytest.importorskip("ale_py" if kind == "native" else "envpool")
+    options = ("--vec-env", kind, "-n", 256, "-f", "logs", "--eval-freq", 256, "--eval-episodes", 1)
+    printed = zoo("train", *BREAKOUT, *options, "-params", "n_epochs:1", "n_steps:32", cwd=tmp_path)
+    assert "Eval num_timesteps=256" in printed
+    run = tmp_path / "logs" / "scratch_ppo" / "BreakoutNoFrameskip-v4_1"
+    assert load_from_zip_file(run / "BreakoutNoFrameskip-v4.zip")[0]["observation_space"].shape == (4, 84, 84)
+    printed = zoo("enjoy", *BREAKOUT, "-f", "logs", "--no-render", "-n", 400, cwd=tmp_path)
+    assert "Stacking 4 frames" in printed
+    assert "Atari Episode Score" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--env", "Pendulum-v1", "--vec-env", "native"), "no native vector environment for Pendulum-v1"),
+        (("--env", "CartPole-v1", "--vec-env", "envpool"), "--vec-env envpool is for Atari games, not CartPole-v1"),
+        (("--env", "CartPole-v1", "--vec-env", "native", "--algo", "ppo"), "is for --algo scratch_ppo, not ppo"),
+        (
+            ("--env", "CartPole-v1", "--vec-env", "native", "-params", "env_wrapper:'rl_zoo3.wrappers.TimeFeatureWrapper'"),
+            "takes no env_wrapper, not",
+        ),
+    ],
+)
+def test_what_a_native_environment_cannot_serve_is_an_error(arguments, message, tmp_path):
+    assert message in zoo("train", "--algo", "scratch_ppo", *arguments, "-n", 64, cwd=tmp_path, status=1)
+
+
 # ------------------------------------------------------------- search for hyperparameters
 
 

@@ -31,7 +31,9 @@ class NativeVecEnv(VecEnv):
     - *next-step*: the step after the end ignores the action, gives reward 0 and returns the next episode's first observation.
       Such a *reset row* is no transition: :attr:`reset_rows` marks it, and ScratchPPO leaves it out of its data.
     - *same-step* and *disabled*: the next episode's first observation comes with the end of the last one, as in SB3. There
-      are no reset rows.
+      are no reset rows, and SB3's own algorithms can learn from it too.
+
+    An environment that reports an end and then goes on with the same episode (ALE's ``life_loss_info``) fits no mode.
 
     :param env: the vector environment; those that return only a part of the environments per step are not supported
     :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file

@@ -40,7 +40,12 @@ def mind_reset_rows(env: VecEnv) -> VecEnv:
 
 
 class _MindfulVecNormalize(VecNormalize):
-    """Statistics of the observations that a policy acts on, and of the returns of transitions."""
+    """
+    Statistics of the observations that a policy acts on, and of the returns of transitions.
+
+    They are those of ``DummyVecEnv``, with one exception: a final observation is normalized before the next episode's first
+    observation is known, and so without it in the statistics.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (

@@ -1,0 +1,313 @@
+"""
+The speed of ScratchPPO's engines beside SB3's PPO (and SBX's, where it is installed), in one command.
+
+Every run is a process of its own, on the same hyperparameters, steps and seed. SB3 and all others take turns, and a figure is
+the median over the rounds of SB3's time divided by the other's in the same round. Where threads and kinds of environments are
+open, SB3 runs with those that are fastest for it. The floor is what nobody can do without: the environments' steps alone,
+plus the bare matrix products. ``make throughput`` runs it; the figures in the README come from::
+
+    python -m benchmarks.throughput --save-result throughput
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
+from benchmarks.record import RESULTS, ROOT, provenance, write_json
+
+Record = dict[str, Any]
+
+IMPORTS = {
+    "sb3": "import stable_baselines3; from stable_baselines3 import PPO",
+    "scratch": "import sb3_ppo_from_scratch",
+}
+_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's, for all kinds of eyes
+
+
+# --------------------------------------------------------------------- running
+
+
+def run(case: str, contestant: Contestant, options: argparse.Namespace, **order: Any) -> dict[str, float]:
+    """
+    One run in a process of its own.
+
+    :param case: key of :data:`benchmarks.cases.CASES`
+    :param contestant: who runs
+    :param options: see :func:`parse_options`
+    :param order: more for ``benchmarks.timed_run``
+    :return: what that printed
+    :raises RuntimeError: if it failed
+    """
+    order |= {"case": case, "contestant": asdict(contestant), "scale": options.scale, "started": time.time()}
+    threads = str(contestant.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "benchmarks.timed_run", json.dumps(order)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{contestant.title} on {contestant.envs} failed on {case}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_case(case: str, options: argparse.Namespace) -> Record:
+    """
+    All contestants in turns, ``options.pairs`` times, and the floor of each.
+
+    :param case: key of :data:`benchmarks.cases.CASES`
+    :param options: see :func:`parse_options`
+    """
+    candidates, others = contestants(CASES[case], options.threads)
+    skipped = {f"{other.title} ({other.envs})": missing(other) for other in others}
+    present = [other for other in others if missing(other) is None]
+    tried = _try_settings(case, candidates, options) if len(candidates) > 1 else {}
+    baseline = min(tried, key=lambda each: tried[each]) if tried else candidates[0]
+    field = [baseline, *present]
+    rounds = []
+    for index in range(options.pairs):
+        rounds.append([run(case, each, options, seed=options.seed + index) for each in field])
+        speeds = ", ".join(
+            f"{other.title} ({other.envs}) {r:.2f}" for other, r in zip(present, _ratios(rounds[-1]), strict=True)
+        )
+        print(f"{case} {index + 1}/{options.pairs}: SB3 {rounds[-1][0]['seconds']:.1f} s; times as fast: {speeds}", flush=True)
+    return {
+        "title": CASES[case].title,
+        "timesteps": scaled(CASES[case], options.scale).timesteps,
+        "sb3_settings_tried": [asdict(each) | {"seconds": round(seconds, 3)} for each, seconds in tried.items()],
+        "skipped": {who: f"needs {what}" for who, what in skipped.items() if what is not None},
+        "contestants": [
+            _row(each, [a_round[i] for a_round in rounds], [a_round[0] for a_round in rounds], _floor(case, each, options))
+            for i, each in enumerate(field)
+        ],
+    }
+
+
+def _try_settings(case: str, candidates: list[Contestant], options: argparse.Namespace) -> dict[Contestant, float]:
+    """Seconds that each takes, once."""
+    seconds = {}
+    for each in candidates:
+        seconds[each] = run(case, each, options)["seconds"]
+        print(f"{case}: {each.title} on {each.envs} with {each.threads} threads {seconds[each]:.1f} s", flush=True)
+    return seconds
+
+
+def _ratios(a_round: list[dict[str, float]]) -> list[float]:
+    return [a_round[0]["seconds"] / other["seconds"] for other in a_round[1:]]
+
+
+def _floor(case: str, contestant: Contestant, options: argparse.Namespace) -> dict[str, float]:
+    return run(case, contestant, options, floor=True)
+
+
+def _row(
+    contestant: Contestant, runs: list[dict[str, float]], baseline: list[dict[str, float]], floor: dict[str, float]
+) -> Record:
+    """One contestant's figures; the ratios are to SB3's run of the same round."""
+    ratios = [sb3["seconds"] / own["seconds"] for sb3, own in zip(baseline, runs, strict=True)]
+    seconds = statistics.median(own["seconds"] for own in runs)
+    return {
+        **asdict(contestant),
+        "title": contestant.title,
+        "seconds": [round(own["seconds"], 3) for own in runs],
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "floor_seconds": floor,
+        "share_of_floor": sum(floor.values()) / seconds,
+        "peak_memory_mib": statistics.median(own["peak_memory_mib"] for own in runs),
+        "first_update_seconds": statistics.median(own["first_update_seconds"] for own in runs),
+    }
+
+
+def time_imports(pairs: int) -> Record:
+    """
+    What the two packages take to import, in fresh processes, in turns.
+
+    :param pairs: how often each
+    """
+    seconds: dict[str, list[float]] = {who: [] for who in IMPORTS}
+    for _ in range(pairs):
+        for who, statement in IMPORTS.items():
+            code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+            seconds[who].append(float(done.stdout))
+    extra = [ours - theirs for ours, theirs in zip(seconds["scratch"], seconds["sb3"], strict=True)]
+    return {
+        "seconds": seconds,
+        "scratch_minus_sb3": {"median": statistics.median(extra), "min": min(extra), "max": max(extra)},
+    }
+
+
+# -------------------------------------------------------------------- reporting
+
+
+def table(record: Record) -> str:
+    """
+    All figures as a table in Markdown.
+
+    :param record: from :func:`make_record`
+    """
+    columns = ("", "environments", "threads", "s", "times SB3 (spread)", "of the floor", "peak MiB", "first update, s")
+    lines = []
+    for case in record["cases"].values():
+        lines += [f"**{case['title']}, {case['timesteps']:,} steps**", ""]
+        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in case["contestants"]]
+        lines += [f"\nLeft out: {who} {why}." for who, why in case["skipped"].items()]
+        lines.append("")
+    if "imports" in record:
+        extra = record["imports"]["scratch_minus_sb3"]
+        lines.append(f"Import: {extra['median']:+.2f} s beside SB3 ({extra['min']:+.2f} to {extra['max']:+.2f}).")
+    return "\n".join(lines)
+
+
+def _cells(row: Record) -> list[str]:
+    ratio = row["ratio"]
+    return [
+        row["title"],
+        row["envs"],
+        str(row["threads"]),
+        f"{statistics.median(row['seconds']):.1f}",
+        "1" if row["engine"] == "sb3" else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        f"{row['share_of_floor']:.0%}",
+        f"{row['peak_memory_mib']:.0f}",
+        f"{row['first_update_seconds']:.1f}",
+    ]
+
+
+def plot(record: Record, path: Path) -> None:
+    """
+    Bars: how many times as fast as SB3, with the spread over the rounds, and where the floor would be.
+
+    :param record: from :func:`make_record`
+    :param path: the PNG to write
+    """
+    mpl.use("Agg")
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    cases = record["cases"].values()
+    heights = [len(case["contestants"]) + 1.5 for case in cases]
+    figure, axes = plt.subplots(
+        len(heights), 1, figsize=(9, 0.45 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, case in zip(axes.flat, cases, strict=True):
+        _plot_case(axis, case)
+    axes.flat[-1].set_xlabel("times as fast as SB3's PPO (median; lines: smallest and largest; diamonds: the floor)")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _plot_case(axis: Axes, case: Record) -> None:
+    rows = case["contestants"]
+    sb3_seconds = statistics.median(rows[0]["seconds"])
+    for y, row in enumerate(rows):
+        ratio = row["ratio"]
+        axis.barh(y, ratio["median"], color=_VERMILION if row["engine"] == "sb3" else _BLUE)
+        axis.plot([ratio["min"], ratio["max"]], [y, y], color="black", linewidth=1)
+        axis.plot(sb3_seconds / sum(row["floor_seconds"].values()), y, "D", color=_GREY, markersize=5)
+    axis.set_yticks(range(len(rows)), [f"{row['title']}, {row['envs']}" for row in rows])
+    axis.invert_yaxis()
+    axis.set_title(case["title"], loc="left", fontsize=11)
+    axis.grid(axis="x", alpha=0.25)
+
+
+def make_record(options: argparse.Namespace) -> Record:
+    """
+    Run everything that ``options`` ask for.
+
+    :param options: see :func:`parse_options`
+    :return: all figures, with where they come from
+    """
+    wanted = options.only or [*CASES, "import"]
+    record: Record = {
+        **provenance("benchmarks.throughput"),
+        "pairs": options.pairs,
+        "seed": options.seed,
+        "scale": options.scale,
+    }
+    record["cases"] = {case: run_case(case, options) for case in CASES if case in wanted}
+    if "import" in wanted:
+        record["imports"] = time_imports(options.pairs)
+    return record
+
+
+def write_results(record: Record, options: argparse.Namespace) -> list[Path]:
+    """
+    Write the record, the table and the figure.
+
+    :param record: from :func:`make_record`
+    :param options: see :func:`parse_options`
+    :return: the files written
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    figures, text, chart = (options.out / f"throughput.{kind}" for kind in ("json", "md", "png"))
+    write_json(figures, record)
+    text.write_text(table(record) + "\n", encoding="utf-8")
+    written = [figures, text]
+    if record["cases"]:
+        plot(record, chart)
+        written.append(chart)
+    if options.save_result is not None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        copies = [RESULTS / f"{options.save_result}{source.suffix}" for source in written if source != text]
+        written += [Path(shutil.copyfile(options.out / f"throughput{copy.suffix}", copy)) for copy in copies]
+    return written
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Read the command line.
+
+    :param arguments: ``None`` for this process's own
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description="the speed of ScratchPPO's engines beside SB3's PPO"
+    )
+    at_least_1, positive = _number(int, 1), _number(float, 1e-9)
+    parser.add_argument(
+        "--pairs", type=at_least_1, default=5, help="rounds, in each of which everybody runs once (%(default)s)"
+    )
+    parser.add_argument("--only", action="append", choices=[*CASES, "import"], help="this case (may be given several times)")
+    parser.add_argument("--scale", type=positive, default=1.0, help="share of the steps, for a quick look (%(default)g)")
+    parser.add_argument("--threads", type=at_least_1, default=2, help="for convolutions; small networks get 1 (%(default)s)")
+    parser.add_argument(
+        "--seed", type=_number(int, 0), default=0, help="of the first round; the next ones count on (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written (%(default)s)")
+    parser.add_argument("--save-result", metavar="NAME", help="write record and figure to benchmarks/results/NAME.* as well")
+    return parser.parse_args(arguments)
+
+
+def _number(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def main() -> None:
+    """Run the benchmark of the command line."""
+    options = parse_options()
+    record = make_record(options)
+    print(f"\n{table(record)}\n")
+    for path in write_results(record, options):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The speed benchmarks, end to end on a tiny budget, and the pieces that their figures are made of. Nothing here is timed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule
+
+from benchmarks import components, floor, throughput, timed_run
+from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
+from benchmarks.tasks import Task, load_task
+from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_module(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_throughput_end_to_end(tmp_path: Path) -> None:
+    arguments = ("--pairs", "2", "--scale", "1e-9", "--only", "cartpole_zoo", "--only", "import", "--out", str(tmp_path))
+    printed = run_module("throughput", *arguments)
+    record = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
+    assert record["versions"].keys() >= {"torch", "stable-baselines3"}
+    assert list(record["cases"]) == ["cartpole_zoo"]
+    case = record["cases"]["cartpole_zoo"]
+    assert case["timesteps"] == 8 * 32
+    assert case["contestants"][0]["engine"] == "sb3"
+    ran = {(row["engine"], row["envs"]) for row in case["contestants"]}
+    assert ("torch", "dummy") in ran
+    assert {engine for engine, _ in ran} >= {"numpy"} & set(ENGINE_NAMES)
+    for row in case["contestants"]:
+        assert len(row["seconds"]) == 2
+        assert min(row["seconds"]) > 0
+        assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
+        assert row["floor_seconds"].keys() == {"environments", "products"}
+        assert row["share_of_floor"] > 0
+        assert row["peak_memory_mib"] > 50
+        assert row["first_update_seconds"] > 0
+    assert case["contestants"][0]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert record["imports"]["scratch_minus_sb3"].keys() == {"median", "min", "max"}
+    assert throughput.table(record) in printed
+    assert (tmp_path / "throughput.md").read_text(encoding="utf-8").strip() in printed
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_components_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "components.json"
+    printed = run_module("components", "--rounds", "1", "--only", "cartpole_zoo", "--out", str(out))
+    timings = json.loads(out.read_text(encoding="utf-8"))["microseconds"]["cartpole_zoo"]
+    assert len(timings) == 6
+    for part, by_whom in timings.items():
+        assert "SB3 PPO" in by_whom
+        assert len(by_whom) >= 2
+        assert min(by_whom.values()) > 0
+        assert f"| {part} |" in printed
+
+
+def tiny_breakout(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("atari")
+    arguments = {**task.arguments, "n_steps": 4, "batch_size": 4, "n_epochs": 1}
+    monkeypatch.setitem(
+        CASES, "breakout", dataclasses.replace(CASES["breakout"], task=lambda: Task(0, "CnnPolicy", 2, arguments), timesteps=8)
+    )
+
+
+@pytest.mark.parametrize("contestant", [Contestant("sb3", "dummy"), Contestant("channels_last", "dummy", precision="bf16")])
+def test_breakout(contestant: Contestant, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_breakout(monkeypatch)
+    case = scaled(CASES["breakout"], 1.0)
+    timed = timed_run.time_training(case, contestant, seed=0, started=0.0)
+    assert timed.keys() == {"seconds", "first_update_seconds", "peak_memory_mib"}
+    assert timed["first_update_seconds"] > timed["seconds"] > 0
+    assert timed_run.time_floor(case, contestant, seed=0)["products"] > 0
+
+
+def test_components_of_breakout(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_breakout(monkeypatch)
+    timings = components.measure(CASES["breakout"], threads=1, rounds=1)
+    assert timings["act"].keys() == {
+        "SB3 PPO",
+        "ScratchPPO channels_last bf16",
+        "ScratchPPO channels_last",
+        "ScratchPPO torch",
+    }
+    assert timings["optimizer step"].keys() == {"SB3 PPO", "ClippedStep", "FusedStep"}
+
+
+# ------------------------------------------------------------------------ floor
+
+
+def test_products_of_a_small_network() -> None:
+    policy = ActorCriticPolicy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2), ConstantSchedule(1e-3))
+    tower = [(32, 4, 64, True), (32, 64, 64, False)]
+    assert sorted(floor.forward_products(policy, 32)) == sorted([*tower, *tower, (32, 64, 2, False), (32, 64, 1, False)])
+    assert not any(module._forward_hooks for module in policy.modules())
+
+
+def test_products_of_a_convolutional_network() -> None:
+    policy = ActorCriticCnnPolicy(spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(4), ConstantSchedule(1e-3))
+    assert floor.forward_products(policy, 3) == [
+        (3 * 20 * 20, 4 * 8 * 8, 32, True),
+        (3 * 9 * 9, 32 * 4 * 4, 64, False),
+        (3 * 7 * 7, 64 * 3 * 3, 64, False),
+        (3, 7 * 7 * 64, 512, False),
+        (3, 512, 1, False),
+        (3, 512, 4, False),
+    ]
+
+
+def test_products_are_counted_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product takes a second: two layers of which the first's input needs no gradient make five per minibatch."""
+    monkeypatch.setattr(floor, "forward_products", lambda *_: [floor.Product(2, 3, 4, True), floor.Product(2, 4, 5, False)])
+    monkeypatch.setattr(floor, "_seconds", lambda *_: 1.0)
+    policy = ActorCriticPolicy(spaces.Box(-1, 1, (4,)), spaces.Discrete(2), ConstantSchedule(1e-3))
+    task = Task(0, "MlpPolicy", n_envs=4, arguments={"n_steps": 8, "batch_size": 16, "n_epochs": 3})
+    steps_of_the_policy, minibatches = 320 / 4, 320 / 16 * 3
+    assert floor.product_seconds(policy, task, 320) == 2 * steps_of_the_policy + 5 * minibatches
+
+
+# -------------------------------------------------------------------- contestants
+
+
+def test_who_takes_part() -> None:
+    candidates, others = contestants(CASES["breakout"], threads=2)
+    assert {(each.envs, each.threads) for each in candidates} == {("dummy", 1), ("dummy", 2), ("subproc", 1), ("subproc", 2)}
+    assert {(each.envs, each.precision) for each in others if each.engine == "channels_last"} == {
+        (envs, precision) for envs in ("dummy", "ale", "envpool") for precision in ("fp32", "bf16")
+    }
+    assert {each.threads for each in others} == {2}
+    candidates, others = contestants(CASES["cartpole_zoo"], threads=2)
+    assert candidates == [Contestant("sb3", "dummy", threads=1)]
+    assert {each.threads for each in others} == {1}
+    assert {(each.engine, each.envs) for each in others} >= {("numpy", "native"), ("numpy", "dummy"), ("torch", "dummy")}
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing(Contestant("sb3", "dummy")) is None
+    assert missing(Contestant("torch", "dummy")) is None
+    assert missing(Contestant("warp", "dummy")) == "engine 'warp'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("sbx", "envpool") else object())
+    assert missing(Contestant("sbx", "dummy")) == "module 'sbx'"
+    assert missing(Contestant("channels_last", "envpool")) == "module 'envpool'"
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "breakout"])
+def test_the_same_task_for_all(case: str) -> None:
+    sb3, scratch = (build(CASES[case], Contestant(engine, "dummy"), seed=4) for engine in ("sb3", "torch"))
+    assert type(sb3) is PPO
+    assert type(scratch) is ScratchPPO
+    for name in ("n_envs", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "seed"):
+        assert getattr(sb3, name) == getattr(scratch, name), name
+
+
+def test_scaled_to_whole_rollouts() -> None:
+    case = CASES["cartpole_zoo"]
+    assert scaled(case, 1.0).timesteps == 391 * 256
+    assert scaled(case, 0.01).timesteps == 4 * 256
+    assert scaled(case, 1e-9).timesteps == 256
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    def runs(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": each, "first_update_seconds": 1.0, "peak_memory_mib": 100.0} for each in seconds]
+
+    floor_seconds = {"environments": 1.0, "products": 1.0}
+    row = throughput._row(Contestant("torch", "dummy"), runs(5.0, 4.0, 10.0), runs(10.0, 12.0, 10.0), floor_seconds)
+    assert row["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert row["share_of_floor"] == 2.0 / 5.0
+    assert throughput._cells(row) == ["ScratchPPO torch", "dummy", "1", "5.0", "2.00 (1.00 to 3.00)", "40%", "100", "1.0"]
+
+
+def test_sb3_runs_with_what_is_fastest_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, str, int]] = []
+
+    def run(case: str, contestant: Contestant, options: Any, **order_details: Any) -> dict[str, float]:
+        if order_details.get("floor"):
+            return {"environments": 0.1, "products": 0.1}
+        order.append((contestant.engine, contestant.envs, contestant.threads))
+        seconds = 1.0 if order[-1][1:] == ("subproc", 2) else 2.0
+        return {"seconds": seconds, "first_update_seconds": 1.0, "peak_memory_mib": 1.0}
+
+    monkeypatch.setattr(throughput, "run", run)
+    monkeypatch.setattr(throughput, "missing", lambda each: None if each.envs in ("dummy", "subproc") else "it")
+    options = argparse.Namespace(pairs=3, threads=2, scale=1.0, seed=0)
+    result = throughput.run_case("breakout", options)
+    assert len(result["sb3_settings_tried"]) == 4
+    a_round = order[4 : 4 + len(result["contestants"])]
+    assert a_round[0] == ("sb3", "subproc", 2)
+    assert order[4:] == 3 * a_round, "everybody runs once before anybody runs again"
+    assert result["contestants"][1]["ratio"]["median"] == 0.5
+    assert result["skipped"]["ScratchPPO channels_last (envpool)"] == "needs it"
+
+
+def test_a_failed_run_says_why() -> None:
+    options = argparse.Namespace(scale=1e-9)
+    with pytest.raises(RuntimeError, match=r"ScratchPPO warp on dummy failed on cartpole_zoo(.|\n)*engine must be"):
+        throughput.run("cartpole_zoo", Contestant("warp", "dummy"), options)
+
+
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--scale", "0"], ["--threads", "x"], ["--only", "pong"]])
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        throughput.parse_options(arguments)
+    assert caught.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
