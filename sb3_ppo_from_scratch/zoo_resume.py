@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import optuna
 from rl_zoo3 import ALGOS, exp_manager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
+from sb3_ppo_from_scratch.env_failure import EnvFailedError
 from sb3_ppo_from_scratch.ppo import ScratchPPO
 from sb3_ppo_from_scratch.zoo_native import NativeExperimentManager
 
@@ -84,6 +86,15 @@ class ResumableExperimentManager(NativeExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """As the zoo does, or what is left of it."""
         super().learn(_Continued(model) if self._resume else model)  # type: ignore[arg-type]  # it has what is used
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """As the zoo does, which prunes a trial for these errors; those of an environment come as another one here."""
+        try:
+            return super().objective(trial)
+        except EnvFailedError as error:
+            if isinstance(error.__cause__, (AssertionError, ValueError)):
+                raise optuna.exceptions.TrialPruned(str(error)) from error
+            raise
 
 
 class _Continued:

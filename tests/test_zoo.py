@@ -337,6 +337,21 @@ def test_optimize_finishes_and_its_trials_can_be_trained(tmp_path):
     assert data["batch_size"] == 2 ** int(values["params_batch_size_pow"])
 
 
+@pytest.mark.parametrize(("cause", "pruned"), [(ValueError("NaN"), True), (KeyError("speed"), False)])
+def test_a_trial_whose_environment_fails_is_pruned_where_the_zoo_would_prune_it(cause, pruned, monkeypatch):
+    import optuna
+
+    from sb3_ppo_from_scratch import EnvFailedError, zoo_resume
+
+    def fail(self, trial):
+        raise EnvFailedError("environment 0 failed", 0) from cause
+
+    monkeypatch.setattr(zoo_resume.NativeExperimentManager, "objective", fail)
+    manager = object.__new__(zoo_resume.ResumableExperimentManager)
+    with pytest.raises(optuna.exceptions.TrialPruned if pruned else EnvFailedError, match="environment 0 failed"):
+        manager.objective(None)
+
+
 # ------------------------------------------------------------- videos and plots
 
 
