@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -108,7 +109,9 @@ def cut_off_and_resumed(
 
 
 def assert_exact(make: Callable[[], VecEnv], folder: Path, **kwargs: Any) -> None:
-    ours, our_random = cut_off_and_resumed(make, folder, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(could not|cannot) be saved")
+        ours, our_random = cut_off_and_resumed(make, folder, **kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("at", "save_freq", "callbacks")}
     whole, whole_random = learn(make(), [], **kwargs)
     assert_same_model(ours, whole)
@@ -268,6 +271,18 @@ class Stateless(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.handle = iter(lambda: 0, 1)
+
+
+class Informing(gym.Wrapper):
+    """Tells what cannot be pickled."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, {**info, "handle": iter(lambda: 0, 1)}
+
+
+def test_infos_may_hold_anything(tmp_path: Path) -> None:
+    assert_exact(partial(wrapped, Informing), tmp_path)
 
 
 class OwnState(Stateless):

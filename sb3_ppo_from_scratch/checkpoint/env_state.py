@@ -43,6 +43,7 @@ _NO_STATE = (
 )
 _ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "env_fns", "class_attributes"})
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
+_INFOS = frozenset({"buf_infos", "reset_infos"})  # of the last step; they may hold anything, and nothing follows from them
 _ANCHOR = (__name__, "_anchor")
 
 Key = tuple[int, str]
@@ -150,6 +151,7 @@ def _has_state(level: Any, name: str, value: Any) -> bool:
         or isinstance(value, _NO_STATE)
         or bool(inner_worlds(value))
         or (isinstance(level, SubprocVecEnv) and name in _PIPES)
+        or (isinstance(level, VecEnv) and name in _INFOS)
         or type(value).__module__.partition(".")[0] == "pygame"
     )
 
