@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch as th
@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "dataset_of", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_ours", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 
@@ -202,25 +202,24 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self.rewards, self.values, self.episode_starts, last, dones, self.gamma, self.gae_lambda
         )
 
-    def dataset(self) -> RolloutData:
+    def dataset(self, by_row: bool = False) -> RolloutData:
         """
         The rollout's ``n_steps * n_envs`` transitions in environment-major order, on the buffer's device.
 
         On CPU the tensors share the buffer's memory (actions excepted, which become float32). Where some rows are no
         transitions (:attr:`valid`), the data set is a copy of the others.
 
+        :param by_row: whether ``observations`` are to be not observations, which may be large, but their row numbers in
+            :meth:`flat_observations`, ``[B]`` int64
         :raises RuntimeError: if the rollout is not complete, or holds no transition
         """
         if not self.full:
             raise RuntimeError(
                 f"the rollout buffer holds {self.pos} of {self.buffer_size} steps; only a full one is a data set"
             )
-        if isinstance(self.observations, dict):
-            observations: Observations = {key: self._flatten(value) for key, value in self.observations.items()}
-        else:
-            observations = self._flatten(self.observations)
+        n_rows = self.n_envs * self.buffer_size
         data = RolloutData(
-            observations,
+            th.arange(n_rows, device=self.device) if by_row else self.flat_observations(),
             self._flatten(self.actions.astype(np.float32, order="K", copy=False)),
             self._flatten(self.values),
             self._flatten(self.log_probs),
@@ -229,6 +228,12 @@ class ScratchRolloutBuffer(RolloutBuffer):
             None if self.dist_params is None else self._flatten(self.dist_params),
         )
         return data if self.valid is None else data.take(self._transitions(self.valid), channels_last=True)
+
+    def flat_observations(self) -> Observations:
+        """All ``n_steps * n_envs`` observations, environment-major, those that belong to no transition included."""
+        if isinstance(self.observations, dict):
+            return {key: self._flatten(value) for key, value in self.observations.items()}
+        return self._flatten(self.observations)
 
     def _transitions(self, valid: np.ndarray) -> th.Tensor:
         if not valid.any():
@@ -264,14 +269,13 @@ def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
         target[...] = array
 
 
-def dataset_of(buffer: RolloutBuffer) -> RolloutData | None:
-    """The rollout's data set, if ``buffer`` is ours; ``None`` for a class whose ``get`` is its own: that has the last word."""
-    if isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get:
-        return buffer.dataset()
-    return None
+def is_ours(buffer: RolloutBuffer) -> TypeGuard[ScratchRolloutBuffer]:
+    """Whether ``buffer`` may be read as a data set. A class of the user's with a ``get`` of its own keeps the last word."""
+    return isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get
 
 
 def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
     """How to draw one epoch's minibatches of a given size from ``buffer``. Ours builds its data set once per rollout."""
-    data = dataset_of(buffer)
-    return buffer.get if data is None else data.minibatches  # type: ignore[return-value]  # SB3's samples have the same fields
+    if is_ours(buffer):
+        return buffer.dataset().minibatches
+    return buffer.get  # type: ignore[return-value]  # SB3's samples have the same first six fields

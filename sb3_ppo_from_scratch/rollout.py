@@ -84,6 +84,6 @@ def _cut_short(dones: np.ndarray, infos: list[dict[str, Any]]) -> list[int]:
     """The environments whose episode was cut by a time limit."""
     return [
         index
-        for index in np.flatnonzero(dones).tolist()
+        for index in np.asarray(dones).nonzero()[0].tolist()
         if infos[index].get("terminal_observation") is not None and infos[index].get("TimeLimit.truncated", False)
     ]

@@ -228,8 +228,8 @@ def test_a_selection_can_keep_the_layout() -> None:
 
 
 def test_minibatches_pass_through_the_same_memory() -> None:
-    data = full_buffer(make_policy()).dataset()
-    loader = FrameLoader(data, th.bfloat16)
+    buffer = full_buffer(make_policy())
+    data, loader = buffer.dataset(), FrameLoader(buffer, th.bfloat16)
     np.random.seed(1)
     expected = [batch.observations for batch in data.minibatches(8)]
     np.random.seed(1)
@@ -242,6 +242,20 @@ def test_minibatches_pass_through_the_same_memory() -> None:
         sizes.append(len(frames))
     assert sizes == [8, 8, 8, 6]
     assert len(addresses) == 1
+
+
+def test_minibatches_leave_out_what_is_no_transition() -> None:
+    """And need no copy of the frames for it."""
+    buffer = full_buffer(make_policy())
+    buffer.valid = np.random.default_rng(0).random(buffer.values.shape) < 0.7
+    loader = FrameLoader(buffer, th.float32)
+    assert loader._frames.data_ptr() == buffer.observations.ctypes.data
+    np.random.seed(1)
+    expected = list(buffer.dataset().minibatches(8))
+    np.random.seed(1)
+    for batch, other in zip(loader.minibatches(8), expected, strict=True):
+        assert th.equal(batch.observations, other.observations.float())
+        assert th.equal(batch.advantages, other.advantages)
 
 
 def test_features_see_the_loaders_frames_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

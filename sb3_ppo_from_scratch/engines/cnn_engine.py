@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
+from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
 from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
@@ -115,11 +115,9 @@ class ChannelsLastEngine(TorchEngine):
 
     def _minibatches(self, buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
         """The same minibatches, with frames as the first convolution wants them. Each is gone when the next one comes."""
-        source = minibatch_source(buffer)
-        data = getattr(source, "__self__", None)
-        if not isinstance(data, RolloutData) or not isinstance(data.observations, th.Tensor):
-            return source
-        return FrameLoader(data, _DTYPES[self.precision]).minibatches
+        if is_ours(buffer):
+            return FrameLoader(buffer, _DTYPES[self.precision]).minibatches
+        return minibatch_source(buffer)
 
     def _optimizer_step(self, max_grad_norm: float) -> ClippedStep:
         return FusedStep(self.policy, max_grad_norm)
@@ -127,16 +125,17 @@ class ChannelsLastEngine(TorchEngine):
 
 class FrameLoader:
     """
-    Draws minibatches from a data set of frames through two arrays that are used again and again.
+    Draws minibatches of frames through two arrays that are used again and again.
 
-    :param data: with ``observations`` ``[B, channels, height, width]``
+    :param buffer: full, of observations ``[channels, height, width]``
     :param dtype: of the minibatches' frames
     """
 
-    def __init__(self, data: RolloutData, dtype: th.dtype):
-        assert isinstance(data.observations, th.Tensor)
-        self._frames = data.observations.permute(0, 2, 3, 1)
-        self._rows = data._replace(observations=th.arange(data.size))
+    def __init__(self, buffer: ScratchRolloutBuffer, dtype: th.dtype):
+        frames = buffer.flat_observations()
+        assert isinstance(frames, th.Tensor)  # a NatureCNN's are
+        self._frames = frames.permute(0, 2, 3, 1)
+        self._rows = buffer.dataset(by_row=True)
         self._stored = th.empty(0, dtype=self._frames.dtype)
         self._converted = th.empty(0, dtype=dtype)
 

@@ -123,67 +123,66 @@ class NativeVecEnv(VecEnv):
         """
         obs, rewards, terminated, truncated, info = self.env.step(self._actions)
         dones = np.logical_or(terminated, truncated)
-        self.reset_rows, self.resetting = self.resetting, np.zeros_like(dones)
+        ended = dones.nonzero()[0].tolist()
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self.reset_rows, self.resetting = self.resetting, dones.copy()
             obs = self._obs_guard(obs)
-            self.resetting = dones.copy()
-            infos, finals = self._next_step(obs, dones, info)
+            infos, finals = self._next_step(obs, ended, info)
         elif self.autoreset_mode is AutoresetMode.SAME_STEP:
             obs = self._obs_guard(obs)
-            infos, finals = self._same_step(dones, info)
+            infos, finals = self._same_step(ended, info)
         else:
-            obs, infos, finals = self._reset_ended(obs, dones, info)
+            obs, infos, finals = self._reset_ended(obs, ended, info)
         for info_of_one, cut in zip(infos, (truncated & ~terminated).tolist(), strict=True):
             info_of_one["TimeLimit.truncated"] = cut
         for row, final in finals.items():
             infos[row]["terminal_observation"] = final
-        self._count(rewards, dones, infos)
+        self._count(rewards, ended, infos)
         return obs, np.array(rewards, dtype=np.float32), dones, infos
 
-    def _next_step(self, obs: VecEnvObs, dones: np.ndarray, info: dict[str, Any]) -> tuple[Infos, dict[int, Any]]:
+    def _next_step(self, obs: VecEnvObs, ended: list[int], info: dict[str, Any]) -> tuple[Infos, dict[int, Any]]:
         """Infos, and final observations by row: here they are the observations that the environment shows."""
         infos = _per_environment(info, self.num_envs)
-        for row in np.flatnonzero(self.reset_rows):
+        for row in self.reset_rows.nonzero()[0].tolist():
             self.reset_infos[row], infos[row] = infos[row], {}
-        return infos, {row: _copy_row(obs, row) for row in np.flatnonzero(dones).tolist()}
+        return infos, {row: _copy_row(obs, row) for row in ended}
 
-    def _same_step(self, dones: np.ndarray, info: dict[str, Any]) -> tuple[Infos, dict[int, Any]]:
+    def _same_step(self, ended: list[int], info: dict[str, Any]) -> tuple[Infos, dict[int, Any]]:
         """Likewise; the environment reports how an episode ended under the keys ``final_obs`` and ``final_info``."""
         own = {key: value for key, value in info.items() if key.removeprefix("_") not in ("final_obs", "final_info")}
         infos = _per_environment(own, self.num_envs)
-        if not dones.any():
+        if not ended:
             return infos, {}
         if "final_obs" not in info:
             raise ValueError("env must put the final observations into info['final_obs'] in the mode SAME_STEP")
         last_infos = _per_environment(info.get("final_info", {}), self.num_envs)
-        rows = np.flatnonzero(dones).tolist()
-        for row in rows:
+        for row in ended:
             self.reset_infos[row], infos[row] = infos[row], last_infos[row]
-        return infos, {row: _copy_row(info["final_obs"], row) for row in rows}
+        return infos, {row: _copy_row(info["final_obs"], row) for row in ended}
 
-    def _reset_ended(self, obs: VecEnvObs, dones: np.ndarray, info: dict[str, Any]) -> tuple[VecEnvObs, Infos, dict[int, Any]]:
+    def _reset_ended(self, obs: VecEnvObs, ended: list[int], info: dict[str, Any]) -> tuple[VecEnvObs, Infos, dict[int, Any]]:
         """Likewise, and observations with those of the next episodes: here the environment leaves the reset to its user."""
         infos = _per_environment(info, self.num_envs)
-        rows = np.flatnonzero(dones).tolist()
-        finals = {row: _copy_row(obs, row) for row in rows}
-        if rows:
-            obs, reset_info = self.env.reset(options={"reset_mask": dones.copy()})
+        finals = {row: _copy_row(obs, row) for row in ended}
+        if ended:
+            mask = np.zeros(self.num_envs, dtype=bool)
+            mask[ended] = True
+            obs, reset_info = self.env.reset(options={"reset_mask": mask})
             reset_infos = _per_environment(reset_info, self.num_envs)
-            for row in rows:
+            for row in ended:
                 self.reset_infos[row] = reset_infos[row]
         return self._obs_guard(obs), infos, finals
 
-    def _count(self, rewards: np.ndarray, dones: np.ndarray, infos: Infos) -> None:
+    def _count(self, rewards: np.ndarray, ended: list[int], infos: Infos) -> None:
         """Add to the statistics of the current episodes, and put those of ended ones into their infos."""
         self._returns += rewards
         self._lengths += 1
         self._returns[self.reset_rows] = 0.0
         self._lengths[self.reset_rows] = 0
-        rows = np.flatnonzero(dones).tolist()
-        for row in rows:
+        for row in ended:
             self._report(row, infos[row])
-        self._returns[rows] = 0.0
-        self._lengths[rows] = 0
+            self._returns[row] = 0.0
+            self._lengths[row] = 0
 
     def _report(self, row: int, info: dict[str, Any]) -> None:
         """What ``Monitor`` would say of an ended episode; a ``Monitor`` inside the environment has already said it."""

@@ -27,7 +27,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ppo_from_scratch.buffer import dataset_of
+from sb3_ppo_from_scratch.buffer import is_ours
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.inspection import modified_reason
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
@@ -185,8 +185,8 @@ class NumpyEngine(Engine):
 
 def _epochs(buffer: RolloutBuffer, batch_size: int) -> Iterator[Iterable[Batch]]:
     """Epochs without end, each of minibatches. Ours is gathered once per epoch; any other buffer hands out its own."""
-    if own_data := dataset_of(buffer):
-        data = Batch.of(own_data)
+    if is_ours(buffer):
+        data = Batch.of(buffer.dataset())
         while True:
             yield data.shuffled().cut(batch_size)
     while True:
