@@ -1,6 +1,8 @@
 """ScratchPPO: Proximal Policy Optimization written from scratch, a drop-in for Stable-Baselines3's PPO."""
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
+from sb3_ppo_from_scratch.env_failure import EnvFailedError
 from sb3_ppo_from_scratch.errors import NonFiniteError, UnsafeFileError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.ppo import ScratchPPO
@@ -10,13 +12,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CnnPolicy",
+    "EnvFailedError",
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteError",
+    "ResumableCheckpoint",
     "ScratchPPO",
     "ScratchRolloutBuffer",
     "SharedMlpPolicy",
     "UnsafeFileError",
     "__version__",
+    "has_checkpoint",
     "load_vec_normalize",
 ]

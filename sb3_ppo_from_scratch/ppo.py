@@ -8,12 +8,14 @@ import pathlib
 import time
 import warnings
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -24,6 +26,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ge
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
 from sb3_ppo_from_scratch.engines import (
     ENGINE_NAMES,
     PRECISIONS,
@@ -33,6 +36,7 @@ from sb3_ppo_from_scratch.engines import (
     has_bf16_instructions,
     make_engine,
 )
+from sb3_ppo_from_scratch.env_failure import step_environments
 from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.guards import NAN_POLICIES, check_finite, check_rollout, check_step
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
@@ -183,6 +187,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.nan_policy = nan_policy
         self._engine: Engine | None = None
         self._warned_of_skipped = False
+        self._resumed: Resumed | None = None
         if _init_setup_model:
             self._setup_model()
             self._check_rollout_size()
@@ -339,6 +344,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             check_integer("log_interval", log_interval, 1)
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
+        self._resumed = None
         iteration = 0
         total_timesteps, callback = self._setup_learn(
             total_timesteps,
@@ -348,30 +354,68 @@ class ScratchPPO(OnPolicyAlgorithm):
             progress_bar,
         )
         callback.on_training_start(locals(), globals())
-        assert self.env is not None  # _setup_learn has reset it
-
-        logged = True
-        while self.num_timesteps < total_timesteps:
-            start = time.perf_counter()
-            try:
-                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
-                    break
-            except NonFiniteError:
-                self._last_obs = None  # whatever state the environments are in, the next learn resets them
-                raise
-            collected = time.perf_counter()
-            iteration += 1
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            self.train()
-            self.logger.record("time/rollout_seconds", collected - start)
-            self.logger.record("time/update_seconds", time.perf_counter() - collected)
-            logged = log_interval is None or iteration % log_interval == 0
-            if log_interval is not None and logged:
-                self.dump_logs(iteration)
-        if not logged:
-            self.dump_logs(iteration)
-        callback.on_training_end()
+        self._train_until(total_timesteps, callback, log_interval, iteration)
         return self
+
+    def continue_learning(self: SelfScratchPPO, callback: MaybeCallback = None, progress_bar: bool = False) -> SelfScratchPPO:
+        """
+        Do what is left of the ``learn`` that a checkpoint was taken of, as if it had never ended; see :meth:`resume`.
+
+        Schedules, ``log_interval`` and the end are those of that ``learn``. Its log goes on in the same files, unless
+        ``set_logger`` has been called.
+
+        :param callback: callbacks made as they were for ``learn``; each gets its state back
+        :param progress_bar: show one (needs tqdm and rich)
+        :return: the model
+        :raises ValueError: if the model does not come from :meth:`resume`, or has gone on already
+        """
+        if self._resumed is None:
+            raise ValueError("nothing to continue: this model is not fresh from ScratchPPO.resume(path, env)")
+        resumed, self._resumed = self._resumed, None
+        if not self._custom_logger:
+            self._logger = resumed.make_logger()
+        callback = self._init_callback(callback, progress_bar)
+        total_timesteps, log_interval, tb_log_name = (
+            resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
+        )
+        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
+        callback.on_training_start(locals(), globals())
+        resumed.restore_run(self, callback)
+        self._train_until(total_timesteps, callback, log_interval, iteration, resumed=True)
+        return self
+
+    def _train_until(
+        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, iteration: int, resumed: bool = False
+    ) -> None:
+        """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
+        assert self.env is not None  # _setup_learn has reset it
+        complete = logged = True
+        with guarded_training(self, callback, resumed) as checkpoints:
+            while self.num_timesteps < total_timesteps:
+                for checkpoint in checkpoints:
+                    checkpoint.at_boundary()
+                start = time.perf_counter()
+                try:
+                    complete = self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps)
+                except NonFiniteError:
+                    self._last_obs = None  # whatever state the environments are in, the next learn resets them
+                    raise
+                if not complete:
+                    break
+                collected = time.perf_counter()
+                iteration += 1
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self.train()
+                self.logger.record("time/rollout_seconds", collected - start)
+                self.logger.record("time/update_seconds", time.perf_counter() - collected)
+                logged = log_interval is None or iteration % log_interval == 0
+                if log_interval is not None and logged:
+                    self.dump_logs(iteration)
+            if not logged:
+                self.dump_logs(iteration)
+            callback.on_training_end()
+            for checkpoint in checkpoints:
+                checkpoint.at_end(complete)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
@@ -417,7 +461,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # asserted above
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
             reset_rows = None if native is None else native.reset_rows
             check_step(new_obs, rewards, n_steps)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
 
@@ -587,7 +631,43 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine", "_warned_of_skipped"]
+        return [*super()._excluded_save_params(), "_engine", "_resumed", "_warned_of_skipped"]
+
+    @classmethod
+    def resume(
+        cls: type[SelfScratchPPO],
+        path: str | Path,
+        env: GymEnv | str,
+        device: th.device | str = "auto",
+        allow_pickle: bool = False,
+    ) -> SelfScratchPPO:
+        """
+        The model of a checkpoint that a ``ResumableCheckpoint`` wrote, its environments and all random generators, where they
+        were; :meth:`continue_learning` then goes on.
+
+        :param path: a checkpoint, or a folder of them, of which the newest intact one is taken
+        :param env: made as the run's was
+        :param device: where to go on
+        :param allow_pickle: whether the checkpoint may bring objects of any class, as environments with attributes of other
+            classes than a fresh one's need. Such a file can run code: only for files that you trust.
+        :return: a model to call :meth:`continue_learning` on
+        :raises FileNotFoundError: if there is no checkpoint
+        :raises ValueError: if it is damaged or of an unknown format, or if ``env`` is of another make
+        """
+        if env is None:
+            raise ValueError("env must be an environment made as the run's was, not None")
+        state = load_run(path)
+        with errors_for_assertions("env"):
+            if not hasattr(env, "observation_space"):
+                env = maybe_make_env(env, 0)
+            env = cls._wrap_env(env)  # type: ignore[arg-type]  # whatever is not a name by now
+        if env.num_envs != state["n_envs"]:
+            raise ValueError(f"env must have {state['n_envs']} environments as the checkpoint's run had, not {env.num_envs}")
+        model = cls.load(io.BytesIO(state["model"]), env, device, force_reset=False, allow_pickle=allow_pickle)
+        model.observation_space, model.action_space = env.observation_space, env.action_space  # whose generators go on
+        model._resumed = Resumed(state, allow_pickle)
+        model._resumed.restore_env(model)
+        return model
 
 
 def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:

@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         importlib.import_module("sb3_ppo_from_scratch.zoo_files").read_safely()  # it needs the extra
     if script == "train":
         importlib.import_module("sb3_ppo_from_scratch.zoo_native").offer_native_environments()  # it imports the zoo
+        importlib.import_module("sb3_ppo_from_scratch.zoo_resume").offer_resuming()  # so does it
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
     if script == "push_to_hub":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_ppo_from_scratch.zoo import SCRIPTS, hyperparams_file
+from tests.runs import rows
 
 pytest.importorskip("rl_zoo3", reason="the zoo is optional: pip install 'sb3-ppo-from-scratch[zoo]'")
 
@@ -198,6 +200,40 @@ def test_training_resumes_with_its_statistics(normalized):
     assert parameters["policy.optimizer"]["state"][0]["step"] == updates + 3
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_in_its_folder_with_the_same_bits(tmp_path):
+    hyperparams = (*ENGINE, "n_envs:2", "normalize:True", "n_epochs:2")
+    often = ("--eval-freq", 200, "--eval-episodes", 1, "--checkpoint-freq", 1)
+    options = ("-n", 512, "--seed", 3, *often, "-tb", "tb", *hyperparams)
+    for folder in ("whole", "cut"):
+        zoo("train", *CARTPOLE, "-f", folder, *options, cwd=tmp_path)
+    whole, cut = (tmp_path / folder / "scratch_ppo" / "CartPole-v1_1" for folder in ("whole", "cut"))
+    before, last = sorted((cut / "checkpoints").iterdir())
+    assert before.name.split("-")[1] == "448"
+    last.unlink()
+    for name in ("CartPole-v1.zip", "CartPole-v1/vecnormalize.pkl"):
+        (cut / name).unlink()
+
+    zoo("train", *CARTPOLE, "-f", "cut", *options, "--resume", cut, cwd=tmp_path)
+    assert [path.name for path in cut.parent.iterdir()] == ["CartPole-v1_1"]
+    parameters, others = (load_from_zip_file(path / "CartPole-v1.zip")[1]["policy"] for path in (cut, whole))
+    assert all(np.array_equal(parameters[name], others[name]) for name in others)
+    normalizations = [pickle.loads((path / "CartPole-v1" / "vecnormalize.pkl").read_bytes()) for path in (cut, whole)]
+    assert len({(each.obs_rms.mean.tobytes(), each.ret_rms.var.tobytes()) for each in normalizations}) == 1
+    assert rows(cut) == rows(whole)
+    assert len(rows(whole)["0.monitor.csv"]) > 1
+    with np.load(cut / "evaluations.npz") as ours, np.load(whole / "evaluations.npz") as theirs:
+        assert ours["timesteps"].tolist() == theirs["timesteps"].tolist() == [200, 400]
+        assert ours["results"].tolist() == theirs["results"].tolist()
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    printed = zoo("train", *CARTPOLE, "-f", "logs", "--resume", "nowhere", cwd=tmp_path, status=1)
+    assert "--resume nowhere: no checkpoints in nowhere/checkpoints" in printed
+    printed = zoo("train", "--algo", "ppo", "--env", "CartPole-v1", "--checkpoint-freq", 0, cwd=tmp_path, status=1)
+    assert "--resume and --checkpoint-freq are for --algo scratch_ppo, not ppo" in printed
+
+
 def test_a_checkpoint_is_enjoyed_with_its_statistics(normalized):
     # 600 steps: an episode of CartPole takes at most 500
     options = ("-f", normalized.parents[1], "--load-checkpoint", 128, "--no-render", "-n", 600)
@@ -299,6 +335,21 @@ def test_optimize_finishes_and_its_trials_can_be_trained(tmp_path):
     assert data["vf_coef"] == float(values["params_vf_coef"])
     assert data["gamma"] == 1 - float(values["params_one_minus_gamma"])
     assert data["batch_size"] == 2 ** int(values["params_batch_size_pow"])
+
+
+@pytest.mark.parametrize(("cause", "pruned"), [(ValueError("NaN"), True), (KeyError("speed"), False)])
+def test_a_trial_whose_environment_fails_is_pruned_where_the_zoo_would_prune_it(cause, pruned, monkeypatch):
+    import optuna
+
+    from sb3_ppo_from_scratch import EnvFailedError, zoo_resume
+
+    def fail(self, trial):
+        raise EnvFailedError("environment 0 failed", 0) from cause
+
+    monkeypatch.setattr(zoo_resume.NativeExperimentManager, "objective", fail)
+    manager = object.__new__(zoo_resume.ResumableExperimentManager)
+    with pytest.raises(optuna.exceptions.TrialPruned if pruned else EnvFailedError, match="environment 0 failed"):
+        manager.objective(None)
 
 
 # ------------------------------------------------------------- videos and plots

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -80,6 +80,13 @@ class Engine(ABC):
 
     def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
         """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
+
+    def get_state(self) -> Any:
+        """What the next iteration depends on besides the policy and its optimizer, as plain data; ``None`` for nothing."""
+        return None
+
+    def set_state(self, state: Any) -> None:  # noqa: B027  # most engines have none
+        """Go on from what :meth:`get_state` returned."""
 
     @abstractmethod
     def act(self, obs: PyTorchObs) -> PolicyStep:

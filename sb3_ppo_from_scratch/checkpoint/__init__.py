@@ -1,0 +1,11 @@
+"""
+Exact resume: checkpoints from which a training run goes on with the same bits.
+
+``callback`` decides when to take and write one; ``run_state`` knows what a run depends on; ``env_state``, ``vec_env_state``
+and ``log_state`` read and put back what lives outside the model; ``files`` keeps it whole, and ``plain_pickle`` harmless.
+"""
+
+from sb3_ppo_from_scratch.checkpoint.callback import ResumableCheckpoint, guarded_training, has_checkpoint
+from sb3_ppo_from_scratch.checkpoint.run_state import Resumed, load_run
+
+__all__ = ["ResumableCheckpoint", "Resumed", "guarded_training", "has_checkpoint", "load_run"]

@@ -1,0 +1,121 @@
+"""Files that are whole or not there: a header with a checksum, an atomic rename, and the newest intact one of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+from sb3_ppo_from_scratch.checkpoint.plain_pickle import load_plain
+
+__all__ = ["FORMAT_VERSION", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
+
+FORMAT_VERSION = 1
+"""Goes up with every change that makes older files unreadable, or newer ones for older versions of the package."""
+
+_MAGIC = b"scratch-ppo-run\n"
+_HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
+_SUFFIX = ".ckpt"
+
+
+class CorruptCheckpointError(ValueError):
+    """The file is not a checkpoint, or is not whole."""
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of a folder in the order in which they were written."""
+    return sorted(folder.glob(f"[0-9]*-*{_SUFFIX}"), key=lambda path: int(path.name.partition("-")[0]))
+
+
+def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int) -> Path:
+    """
+    Add a checkpoint to a folder and remove all but the last ``keep``; a crash at any moment leaves the others whole.
+
+    :param folder: made if it is not there
+    :param content: a pickle of plain data
+    :param num_timesteps: for the file's name
+    :param keep: at least 1
+    :return: the file
+    :raises OSError: if the disk is full, or the folder cannot be written to
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = checkpoint_files(folder)
+    number = int(files[-1].name.partition("-")[0]) + 1 if files else 1
+    path = folder / f"{number:08d}-{num_timesteps}-steps{_SUFFIX}"
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, len(content), hashlib.sha256(content).digest()))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(folder)
+    for old in [*files, path][:-keep]:
+        old.unlink(missing_ok=True)
+    _remove_leftovers(folder)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """So that the new name outlives a power cut; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob("[0-9]*-*.tmp"):  # of processes that were killed while they wrote
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """
+    Read a checkpoint, or the newest intact one of a folder, with a warning for every damaged one.
+
+    :param path: a file or a folder
+    :raises FileNotFoundError: if there is none
+    :raises CorruptCheckpointError: if none is intact
+    :raises ValueError: for a format version that this version of the package does not know
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    files = checkpoint_files(path)
+    if not files:
+        raise FileNotFoundError(f"path={str(path)!r} holds no checkpoint ({len(list(path.iterdir()))} other files)")
+    for file in reversed(files):
+        try:
+            return _read_file(file)
+        except CorruptCheckpointError as error:
+            warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
+    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint, only {[file.name for file in files]}")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise CorruptCheckpointError(f"{path} is not a checkpoint, or cut off in its header")
+    _, version, length, digest = _HEADER.unpack_from(data)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} only"
+        )
+    content = memoryview(data)[_HEADER.size :]
+    if len(content) != length or hashlib.sha256(content).digest() != digest:
+        raise CorruptCheckpointError(f"{path} is damaged: its content does not match its checksum")
+    try:
+        return load_plain(bytes(content))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is not a checkpoint of ours: {error}") from error

@@ -1,0 +1,630 @@
+"""A run that is cut off anywhere and resumed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
+
+from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch.checkpoint import run_state
+from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
+from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
+from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv
+from tests.envs import OBSERVATION_SPACES
+from tests.helpers import ToyEnv, assert_same_model
+from tests.runs import rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"policy": "MlpPolicy", "n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 4, "device": "cpu"}
+TOTAL = 16 * 2 * 8
+
+
+class StopError(Exception):
+    """What ends a run before its time."""
+
+
+class StopAt(BaseCallback):
+    """Raise, or do something else, when so many timesteps are done."""
+
+    def __init__(self, num_timesteps: int, action: Callable[[], Any] | None = None):
+        super().__init__()
+        self.at = num_timesteps
+        self.action = action
+
+    def _on_step(self) -> bool:
+        if self.model.num_timesteps == self.at:
+            if self.action is None:
+                raise StopError
+            self.action()
+        return True
+
+
+def cartpole(folder: Path | None = None, n_envs: int = 2, **kwargs: Any) -> VecEnv:
+    return make_vec_env("CartPole-v1", n_envs=n_envs, monitor_dir=None if folder is None else str(folder), **kwargs)
+
+
+def forked_cartpole() -> VecEnv:
+    if not hasattr(os, "fork"):
+        pytest.skip("processes cannot be forked here")
+    return cartpole(vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})  # costs no imports
+
+
+def toy(space: spaces.Space) -> VecEnv:
+    return make_vec_env(lambda: ToyEnv(deepcopy(space), spaces.Discrete(3)), n_envs=2)
+
+
+def random_states() -> list[Any]:
+    numpy_state = np.random.get_state()
+    return [random.getstate(), numpy_state[1].tolist(), numpy_state[2], th.get_rng_state().tolist()]
+
+
+def learn(env: VecEnv, callbacks: list[BaseCallback], total: int = TOTAL, **kwargs: Any) -> tuple[ScratchPPO, list[Any]]:
+    model = ScratchPPO(env=env, learning_rate=LinearSchedule(1e-3, 0.0, 1.0), **{**SMALL, **kwargs}).learn(total, callbacks)
+    return model, random_states()
+
+
+def cut_off_and_resumed(
+    make: Callable[[], VecEnv],
+    folder: Path,
+    at: int = 5 * 32 + 20,
+    save_freq: int = 1,
+    callbacks: Callable[[], list[BaseCallback]] = list,
+    **kwargs: Any,
+) -> tuple[ScratchPPO, list[Any]]:
+    with pytest.raises(StopError):
+        learn(make(), [ResumableCheckpoint(save_freq, folder), *callbacks(), StopAt(at)], **kwargs)
+    random.seed(99)
+    np.random.seed(99)
+    th.manual_seed(99)
+    model = ScratchPPO.resume(folder, make(), device="cpu")
+    assert 0 < model.num_timesteps < at
+    model.continue_learning([ResumableCheckpoint(save_freq, folder), *callbacks()])
+    return model, random_states()
+
+
+def assert_exact(make: Callable[[], VecEnv], folder: Path, **kwargs: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(could not|cannot) be saved")
+        ours, our_random = cut_off_and_resumed(make, folder, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("at", "save_freq", "callbacks")}
+    whole, whole_random = learn(make(), [], **kwargs)
+    assert_same_model(ours, whole)
+    assert our_random == whole_random
+    assert ours.num_timesteps == whole.num_timesteps
+    episodes = [[(info["r"], info["l"]) for info in model.ep_info_buffer] for model in (ours, whole)]
+    assert episodes[0] == episodes[1]
+    np.testing.assert_equal(ours._last_obs, whole._last_obs)
+    for model in (ours, whole):
+        model.env.close()
+
+
+# ------------------------------------------------------- bits
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cartpole,
+        lambda: VecNormalize(cartpole()),
+        lambda: VecFrameStack(VecMonitor(DummyVecEnv([partial(gym.make, "CartPole-v1")] * 2)), 3),
+        lambda: VecNormalize(forked_cartpole()),
+        lambda: VecNormalize(NativeVecEnv(gym.make_vec("CartPole-v1", 2))),
+        lambda: NativeVecEnv(gym.make_vec("CartPole-v1", 2, "sync")),
+        lambda: make_vec_env("Acrobot-v1", n_envs=2),
+        lambda: make_vec_env("FrozenLake-v1", n_envs=2),
+        *(partial(toy, OBSERVATION_SPACES[name]) for name in ("box", "multidiscrete")),
+    ],
+    ids=[
+        "cartpole",
+        "VecNormalize",
+        "VecFrameStack",
+        "SubprocVecEnv",
+        "native",
+        "sync",
+        "acrobot",
+        "toy-text",
+        "box-space",
+        "multidiscrete-space",
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_bits(make: Callable[[], VecEnv], tmp_path: Path) -> None:
+    assert_exact(make, tmp_path)
+
+
+def test_gsde_and_dict_observations(tmp_path: Path) -> None:
+    assert_exact(
+        lambda: make_vec_env("Pendulum-v1", n_envs=2), tmp_path / "gsde", use_sde=True, sde_sample_freq=3, clip_range_vf=0.3
+    )
+    assert_exact(partial(toy, OBSERVATION_SPACES["dict"]), tmp_path / "dict", policy="MultiInputPolicy")
+
+
+@pytest.mark.parametrize("at", [2, 32, 33, 2 * 32, TOTAL - 1 - TOTAL % 2])
+def test_whatever_the_moment(at: int, tmp_path: Path) -> None:
+    whole, _ = learn(cartpole(), [])
+    with pytest.raises(StopError):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(at - at % 2)])
+    ours = ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    assert_same_model(ours, whole)
+
+
+def test_a_second_learn_keeps_its_own_horizon(tmp_path: Path) -> None:
+    def two(callbacks: list[BaseCallback]) -> ScratchPPO:
+        model, _ = learn(cartpole(), [], total=96)
+        return model.learn(128, callbacks, reset_num_timesteps=False)
+
+    whole = two([])
+    with pytest.raises(StopError):
+        two([ResumableCheckpoint(1, tmp_path), StopAt(96 + 80)])
+    ours = ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    assert ours.num_timesteps == 96 + 128
+    assert_same_model(ours, whole)
+
+
+def test_a_run_at_its_end_has_nothing_left_to_do(tmp_path: Path) -> None:
+    whole, _ = learn(cartpole(), [ResumableCheckpoint(1, tmp_path)])
+    ours = ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    assert ours.num_timesteps == TOTAL
+    assert_same_model(ours, whole)
+    with pytest.raises(ValueError, match="nothing to continue"):
+        ours.continue_learning()
+
+
+def run_killed(task: str, folder: Path, kills: int) -> None:
+    command = [sys.executable, "-m", "tests.runs", task, str(folder), str(kills), "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    killed, whole = folder / "killed", folder / "whole"
+    assert rows(killed) == rows(whole)
+    assert {"0.monitor.csv", "1.monitor.csv", "progress.csv"} <= set(rows(whole))
+    assert len(rows(whole)["progress.csv"]) > 1
+    ours, theirs = (th.load(path / "final.pt") for path in (killed, whole))
+    assert all(th.equal(ours["policy"][name], tensor) for name, tensor in theirs["policy"].items())
+    for index, state in theirs["optimizer"]["state"].items():
+        assert all(th.equal(ours["optimizer"]["state"][index][key], value) for key, value in state.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize(("task", "kills"), [("cartpole", 20), ("breakout", 2)])
+def test_killed_at_random_moments(task: str, kills: int, tmp_path: Path) -> None:
+    if task == "breakout":
+        pytest.importorskip("ale_py")
+    run_killed(task, tmp_path, kills)
+
+
+# ------------------------------------------------------- environments
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(make_vec_env, "FrozenLake-v1", n_envs=2),
+        partial(make_vec_env, "Pendulum-v1", n_envs=2),
+        forked_cartpole,
+        partial(toy, OBSERVATION_SPACES["image"]),
+    ],
+    ids=["FrozenLake", "Pendulum", "SubprocVecEnv", "toy"],
+)
+def test_a_restored_environment_replays_the_same_steps(make: Callable[[], VecEnv]) -> None:
+    assert_same_steps(make)
+
+
+def test_a_restored_atari_environment_replays_the_same_steps() -> None:
+    pytest.importorskip("ale_py")
+    from stable_baselines3.common.env_util import make_atari_env
+
+    assert_same_steps(lambda: VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=2), 4))
+
+
+def assert_same_steps(make: Callable[[], VecEnv], before: int = 60, after: int = 250) -> None:
+    first, second = make(), make()
+    first.seed(3)
+    first.reset()
+    second.reset()
+    actions = [np.stack([first.action_space.sample() for _ in range(2)]) for _ in range(before + after)]
+    for action in actions[:before]:
+        first.step(action)
+    state = load_plain(pickle.dumps(capture_vec_env(first)))
+    assert state["problems"] == []
+    restore_vec_env(second, state)
+    dones = 0
+    for action in actions[before:]:
+        ours, theirs = first.step(action), second.step(action)
+        for mine, other in zip(ours[:3], theirs[:3], strict=True):
+            np.testing.assert_array_equal(mine, other)
+        dones += ours[2].sum()
+    assert dones > 0, "the end of an episode draws random numbers"
+    first.close()
+    second.close()
+
+
+class Stateless(gym.Wrapper):
+    """Holds what cannot be pickled."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.handle = iter(lambda: 0, 1)
+
+
+class Informing(gym.Wrapper):
+    """Tells what cannot be pickled."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, {**info, "handle": iter(lambda: 0, 1)}
+
+
+def test_infos_may_hold_anything(tmp_path: Path) -> None:
+    assert_exact(partial(wrapped, Informing), tmp_path)
+
+
+class OwnState(Stateless):
+    """Cannot be pickled either, but says what its state is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cart": self.unwrapped.state, "random": self.np_random.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unwrapped.state = state["cart"]
+        self.np_random.bit_generator.state = state["random"]
+
+
+def wrapped(wrapper: type[gym.Wrapper]) -> VecEnv:
+    return cartpole(wrapper_class=wrapper)
+
+
+def test_an_environment_that_states_its_state(tmp_path: Path) -> None:
+    assert_exact(partial(wrapped, OwnState), tmp_path)
+
+
+def test_what_cannot_be_captured_is_said_once_and_reset_with_saved_seeds(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Stateless\.handle") as warned, pytest.raises(StopError):
+        learn(wrapped(Stateless), [ResumableCheckpoint(1, tmp_path), StopAt(100)])
+    assert len([each for each in warned if "Stateless" in str(each.message)]) == 1
+    resumed = []
+    for _ in range(2):
+        np.random.seed()
+        with pytest.warns(UserWarning, match="not bit-exact"):
+            model = ScratchPPO.resume(tmp_path, wrapped(Stateless))
+        assert model._last_episode_starts.all()
+        resumed.append(model.continue_learning())
+    assert_same_model(*resumed)
+
+
+def test_box2d_worlds_are_reset(tmp_path: Path) -> None:
+    pytest.importorskip("Box2D")
+    with pytest.warns(UserWarning, match=r"LunarLander\.world"), pytest.raises(StopError):
+        learn(make_vec_env("LunarLander-v3", n_envs=2), [ResumableCheckpoint(1, tmp_path), StopAt(100)])
+    with pytest.warns(UserWarning, match="not bit-exact"):
+        model = ScratchPPO.resume(tmp_path, make_vec_env("LunarLander-v3", n_envs=2))
+    assert model.continue_learning().num_timesteps == TOTAL
+
+
+class Note:
+    """An environment's attribute of a class of its own."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+
+class Noting(gym.Wrapper):
+    def __init__(self, env: gym.Env, note: Any = None):
+        super().__init__(env)
+        self.note = note
+
+
+def test_objects_of_classes_that_a_fresh_environment_does_not_hold_need_trust(tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        learn(cartpole(wrapper_class=partial(Noting, note=Note("x"))), [ResumableCheckpoint(1, tmp_path), StopAt(100)])
+    assert (
+        ScratchPPO.resume(tmp_path, cartpole(wrapper_class=partial(Noting, note=Note("y")))).env.get_attr("note")[0].text
+        == "x"
+    )
+    with pytest.raises(ValueError, match=r"tests\.test_checkpoint\.Note.*allow_pickle=True"):
+        ScratchPPO.resume(tmp_path, cartpole(wrapper_class=Noting))
+    trusted = ScratchPPO.resume(tmp_path, cartpole(wrapper_class=Noting), allow_pickle=True)
+    assert trusted.env.get_attr("note")[1].text == "x"
+
+
+class NotingInReset(Noting):
+    def reset(self, **kwargs: Any) -> Any:
+        self.note = Note("z")
+        return super().reset(**kwargs)
+
+
+def test_objects_that_an_environment_makes_in_reset_need_none(tmp_path: Path) -> None:
+    assert_exact(partial(wrapped, NotingInReset), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: cartpole(n_envs=3), lambda: VecNormalize(cartpole()), lambda: wrapped(Noting)],
+    ids=["number", "VecEnv wrapper", "wrapper"],
+)
+def test_an_environment_of_another_make_is_refused(other: Callable[[], VecEnv], tmp_path: Path) -> None:
+    learn(cartpole(), [ResumableCheckpoint(1, tmp_path)], total=32)
+    with pytest.raises(ValueError, match="env must"):
+        ScratchPPO.resume(tmp_path, other())
+
+
+# ------------------------------------------------------- logs and callbacks
+
+
+def test_monitors_logs_and_evaluations_have_no_gap_and_no_double(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def make(folder: Path) -> tuple[VecEnv, list[BaseCallback]]:
+        eval_env = VecNormalize(cartpole(n_envs=1))
+        eval_env.seed(8)
+        evaluating = EvalCallback(eval_env, eval_freq=20, n_eval_episodes=2, log_path=str(folder), verbose=0)
+        return VecNormalize(cartpole(folder)), [ResumableCheckpoint(64, folder / "checkpoints"), evaluating]
+
+    def begin(folder: Path, *more: BaseCallback) -> None:
+        env, callbacks = make(folder)
+        model = ScratchPPO(env=env, **SMALL)
+        model.set_logger(configure(str(folder), ["csv", "json", "log", "tensorboard"]))
+        model.learn(TOTAL, [*callbacks, *more], log_interval=3)
+
+    begin(tmp_path / "whole")
+    with pytest.raises(StopError):
+        begin(tmp_path / "cut", StopAt(200))
+    env, callbacks = make(tmp_path / "cut")
+    ScratchPPO.resume(tmp_path / "cut" / "checkpoints", env).continue_learning(callbacks)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert rows(cut) == rows(whole)
+    assert {len(rows(whole)[name]) > 2 for name in ("0.monitor.csv", "progress.csv")} == {True}
+    for name in ("progress.json", "log.txt"):
+        assert (cut / name).read_text().count("\n") == (whole / name).read_text().count("\n") > 0
+    with np.load(cut / "evaluations.npz") as ours, np.load(whole / "evaluations.npz") as theirs:
+        for key in theirs.files:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    curves = []
+    for folder in (cut, whole):
+        events = accumulator.EventAccumulator(str(folder)).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
+        curves.append({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags})
+    assert curves[0] == curves[1]
+    assert len(curves[1]["train/loss"]) > 3
+
+
+def test_sb3s_own_tensorboard_run_goes_on_in_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    cut_off_and_resumed(cartpole, tmp_path / "checkpoints", tensorboard_log=str(tmp_path / "tb"))
+    assert [path.name for path in (tmp_path / "tb").iterdir()] == ["ScratchPPO_1"]
+
+
+class Counting(BaseCallback):
+    """Has state of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.num_timesteps)
+        return True
+
+
+class CountingItself(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {"doubled": [2 * each for each in self.seen]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = [each // 2 for each in state["doubled"]]
+
+
+def test_callbacks_go_on_where_they_were(tmp_path: Path) -> None:
+    made: list[list[BaseCallback]] = []
+
+    def make() -> list[BaseCallback]:
+        made.append([Counting(), CountingItself(), Counting(), StopTrainingOnMaxEpisodes(1000)])
+        return made[-1]
+
+    cut_off_and_resumed(cartpole, tmp_path, callbacks=make)
+    counting, itself, last, stopping = made[-1]
+    assert counting.seen == itself.seen == last.seen == list(range(2, TOTAL + 1, 2))
+    assert counting.n_calls == TOTAL // 2
+    whole = StopTrainingOnMaxEpisodes(1000)
+    learn(cartpole(), [whole])
+    assert stopping.n_episodes == whole.n_episodes > 0
+
+
+def test_paths_given_to_callbacks_anew_are_heeded(tmp_path: Path) -> None:
+    places = iter(["before", "after"])
+
+    def make() -> list[BaseCallback]:
+        return [EvalCallback(cartpole(n_envs=1), eval_freq=20, log_path=str(tmp_path / next(places)), verbose=0)]
+
+    cut_off_and_resumed(cartpole, tmp_path / "checkpoints", callbacks=make)
+    timesteps = [np.load(tmp_path / place / "evaluations.npz")["timesteps"].tolist() for place in ("before", "after")]
+    assert timesteps == [[40, 80, 120, 160], list(range(40, TOTAL, 40))]
+
+
+def test_checkpoints_may_be_taken_by_a_child_of_another_callback(tmp_path: Path) -> None:
+    learn(cartpole(), [EveryNTimesteps(10**9, ResumableCheckpoint(1, tmp_path))])
+    assert has_checkpoint(tmp_path)
+
+
+def test_an_engine_gets_its_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(TorchEngine, "get_state", lambda engine: {"calls": 3})
+    monkeypatch.setattr(TorchEngine, "set_state", lambda engine, state: given.append(state))
+    cut_off_and_resumed(cartpole, tmp_path, engine="torch")
+    assert given == [{"calls": 3}]
+
+
+# ------------------------------------------------------- files
+
+
+def test_only_the_last_files_are_kept(tmp_path: Path) -> None:
+    learn(cartpole(), [ResumableCheckpoint(64, tmp_path, keep=3)])
+    assert [path.name.split("-", 1)[1] for path in checkpoint_files(tmp_path)] == [f"{n}-steps.ckpt" for n in (128, 192, 256)]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "no checkpoint"])
+def test_a_damaged_file_gives_way_to_the_one_before(damage: str, tmp_path: Path) -> None:
+    learn(cartpole(), [ResumableCheckpoint(64, tmp_path)])
+    before, last = checkpoint_files(tmp_path)
+    data = bytearray(last.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    last.write_bytes({"cut": data[:-7], "emptied": b"", "flipped": data, "no checkpoint": b"PK" + data}[damage])
+    with pytest.warns(RuntimeWarning, match=f"{last.name}.*trying the one before"):
+        model = ScratchPPO.resume(tmp_path, cartpole())
+    assert model.num_timesteps == 192
+    with pytest.raises(CorruptCheckpointError, match=last.name):
+        ScratchPPO.resume(last, cartpole())
+    before.write_bytes(b"")
+    with pytest.warns(RuntimeWarning), pytest.raises(CorruptCheckpointError, match="no intact checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+def test_an_unknown_format_version_is_refused(tmp_path: Path) -> None:
+    file = write_checkpoint(tmp_path, pickle.dumps({"problems": []}), 10, keep=2)
+    data = bytearray(file.read_bytes())
+    data[16] = 77
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"format version 77.*reads version 1 only"):
+        ScratchPPO.resume(tmp_path, cartpole())
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    write_checkpoint(tmp_path, pickle.dumps({"problems": Bomb()}), 10, keep=2)
+    with pytest.raises(ValueError, match=r"mkdir"):
+        ScratchPPO.resume(tmp_path, cartpole())
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(cartpole(), [ResumableCheckpoint(1, tmp_path)], total=32)
+    there = th.__version__.partition("+")[0]
+    monkeypatch.setattr(run_state, "version", lambda name: "0.1")
+    with pytest.warns(UserWarning, match=rf"may not be bit-exact, with torch 0\.1 instead of {there}"):
+        ScratchPPO.resume(tmp_path, cartpole())
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert not has_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        ScratchPPO.resume(tmp_path, cartpole())
+    with pytest.raises(FileNotFoundError):
+        ScratchPPO.resume(tmp_path / "nowhere.ckpt", cartpole())
+    with pytest.raises(ValueError, match="nothing to continue"):
+        ScratchPPO(env=cartpole(), **SMALL).continue_learning()
+
+
+def test_another_runs_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
+    checkpoint = ResumableCheckpoint(1, tmp_path)
+    learn(cartpole(), [checkpoint], total=32)
+    learn(cartpole(), [checkpoint], total=32)  # the callback knows them as its own
+    with pytest.raises(ValueError, match="another run's checkpoints"):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path)])
+
+
+def test_a_disk_that_fills_up_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    fill = StopAt(100, lambda: monkeypatch.setattr(os, "fsync", full))
+    with pytest.warns(RuntimeWarning, match="No space left on device; the last one is .*96-steps"):
+        model, _ = learn(cartpole(), [ResumableCheckpoint(1, tmp_path), fill])
+    assert model.num_timesteps == TOTAL
+    monkeypatch.undo()
+    assert sorted(path.name.split("-", 1)[1] for path in tmp_path.iterdir()) == ["64-steps.ckpt", "96-steps.ckpt"]
+    assert_same_model(ScratchPPO.resume(tmp_path, cartpole()).continue_learning(), model)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # read-only folders do not stop root
+    with pytest.warns(RuntimeWarning, match="no checkpoint at 0 timesteps in .*file.*there is none yet"):
+        model, _ = learn(cartpole(), [ResumableCheckpoint(1, tmp_path / "file" / "folder")])
+    assert model.num_timesteps == TOTAL
+
+
+@pytest.mark.parametrize(("argument", "value"), [("save_freq", 0), ("keep", 0), ("save_freq", 1.5)])
+def test_arguments_are_checked(argument: str, value: float) -> None:
+    with pytest.raises((ValueError, TypeError), match=argument):
+        ResumableCheckpoint(**{argument: value})
+
+
+def test_what_is_plain() -> None:
+    plain = [None, 1, 2.5, "x", b"y", np.float32(1), np.arange(3), {"a": [(1, {2})]}, range(3)]
+    assert all(is_plain(value) for value in plain)
+    assert not any(is_plain(value) for value in (object(), [StopError], {"a": print}, np.array([object()]), th.zeros(1)))
+
+
+# ------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_and_exits(number: int, status: int, tmp_path: Path) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    stop = StopAt(180, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as exited:
+        learn(cartpole(), [ResumableCheckpoint(10**9, tmp_path), stop])
+    assert exited.value.code == status
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    ours = ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    whole, _ = learn(cartpole(), [])
+    assert_same_model(ours, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    def first() -> None:
+        monkeypatch.setattr("sb3_ppo_from_scratch.checkpoint.callback.ResumableCheckpoint.write_last_snapshot", interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, first)])
+
+
+def test_a_swallowed_interruption_is_repeated(tmp_path: Path) -> None:
+    def swallow() -> None:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+
+    steps = Counting()
+    with pytest.raises(SystemExit):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, swallow), steps])
+    assert steps.seen[-1] == 100
+
+
+def test_without_checkpoints_signals_are_untouched() -> None:
+    seen = []
+    before = signal.getsignal(signal.SIGTERM)
+    learn(cartpole(), [StopAt(100, lambda: seen.append(signal.getsignal(signal.SIGTERM)))])
+    assert seen == [before]
