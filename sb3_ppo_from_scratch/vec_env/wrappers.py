@@ -47,12 +47,14 @@ class _MindfulVecNormalize(VecNormalize):
     observation is known, and so without it in the statistics.
     """
 
+    def save(self, save_path: str) -> None:
+        """As SB3's own class, which opens where this package is not installed."""
+        plain = object.__new__(VecNormalize)
+        plain.__dict__.update(self.__dict__)
+        plain.save(save_path)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            object.__new__,
-            (VecNormalize,),
-            self.__getstate__(),
-        )  # as SB3's, which opens where this package is not installed
+        return object.__new__, (VecNormalize,), self.__getstate__()  # likewise
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
