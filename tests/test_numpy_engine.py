@@ -433,7 +433,7 @@ UNSUPPORTED = {
     "forward": (lambda: changed(lambda p: setattr(p, "forward", p.forward)), "policy's forward was replaced"),
     "inner forward": (lambda: changed(lambda p: setattr(p.action_net, "forward", p.action_net.forward)), "replaced"),
     "shared": (lambda: changed(lambda p: setattr(p.value_net, "bias", p.mlp_extractor.value_net[0].bias)), "share"),
-    "frozen": (lambda: changed(lambda p: p.value_net.bias.requires_grad_(False)), "value_net.bias is not a trainable"),
+    "frozen": (lambda: changed(lambda p: p.value_net.bias.requires_grad_(False)), "unlike value_net.bias"),
     "no bias": (lambda: changed(lambda p: setattr(p, "value_net", nn.Linear(64, 1, bias=False))), "no bias"),
     "dropout": (lambda: changed(lambda p: p.mlp_extractor.policy_net.append(nn.Dropout())), "type Dropout"),
     "two heads": (lambda: changed(lambda p: setattr(p, "action_net", nn.Sequential(nn.Linear(64, 3)))), "optimizer"),

@@ -21,31 +21,43 @@ def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module],
         return f"the policy's {name} was replaced"
     if has_hooks(policy):
         return "there are hooks on the policy or on all modules"
-    for name, module in policy.named_modules():
+    # asked before every rollout and every update, hence one pass, and without nn.Module's slow attributes
+    optimized = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
+    seen: set[int] = set()
+    for name, module in policy.named_modules(remove_duplicate=False):
         if module is not policy and (reason := _module_reason(module, built_ins)):
             return f"{name} {reason}"
-    named = list(policy.named_parameters(remove_duplicate=False))
-    if len(named) != len({id(parameter) for _, parameter in named}):
-        return "modules share parameters"
-    optimized = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in named:
-        if id(parameter) not in optimized:  # SB3 lets such gradients add up, and count in the norm
-            return f"the optimizer leaves out {name}"
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return f"there are hooks on {name}"
-        if not parameter.requires_grad or parameter.dtype != th.float32 or parameter.device.type != "cpu":
-            return f"{name} is not a trainable float32 parameter on the CPU"
-    return None
+        for key, parameter in module._parameters.items():
+            if parameter is not None and (reason := _parameter_reason(parameter, optimized, seen)):
+                return f"{reason} {f'{name}.{key}'.lstrip('.')}"
+    return "the optimizer has other parameters than the policy's" if len(optimized) > len(seen) else None
 
 
 def _module_reason(module: nn.Module, built_ins: tuple[type[nn.Module], ...]) -> str | None:
     if type(module) not in built_ins:
         return f"is of type {type(module).__name__}"
-    if getattr(module, "bias", module) is None:
+    if "bias" in module._parameters and module._parameters["bias"] is None:
         return "has no bias"
     if "forward" in vars(module):
         return "has had its forward method replaced"
-    return "has hooks" if has_hooks(module) else None
+    return "has hooks" if _has_own_hooks(module) else None
+
+
+def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int]) -> str | None:
+    """
+    :param optimized: identities of the parameters that the optimizer has
+    :param seen: those of the parameters before this one, to which it is added
+    """
+    if id(parameter) in seen:
+        return "modules share"
+    seen.add(id(parameter))
+    if id(parameter) not in optimized:  # SB3 lets such gradients add up, and count in the norm
+        return "the optimizer leaves out"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "there are hooks on"
+    if not parameter.requires_grad or parameter.dtype is not th.float32 or not parameter.is_cpu:
+        return "it takes trainable float32 parameters on the CPU, unlike"
+    return None
 
 
 def replaced_method(policy: ActorCriticPolicy) -> str | None:
@@ -55,5 +67,8 @@ def replaced_method(policy: ActorCriticPolicy) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is called besides the module's own ``forward``; such calls would be missed."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or nn.modules.module._has_any_global_hook())
+    return _has_own_hooks(module) or bool(nn.modules.module._has_any_global_hook())
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -240,9 +240,7 @@ def _optimizer_reason(policy: ActorCriticPolicy) -> str | None:
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
     group = optimizer.param_groups[0]
-    if len(group["params"]) != len(list(policy.parameters())):
-        return "the optimizer has other parameters than the policy's"
     if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], th.Tensor):
         return "the optimizer is capturable or differentiable, or its learning rate is a tensor"
-    steps = {float(optimizer.state[p]["step"]) if optimizer.state.get(p) else 0.0 for p in group["params"]}
+    steps = {optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in group["params"]}
     return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"

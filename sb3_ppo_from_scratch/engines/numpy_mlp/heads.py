@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 
 __all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head"]
 
+_arange = lru_cache(maxsize=8)(np.arange)
 _LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
 
 
@@ -132,8 +134,12 @@ class CategoricalHead(Head):
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Where the chosen outputs lie in a flattened ``[n_outputs, B]``: ``[n_factors, B]``, int64."""
         batch_size = len(actions)
-        rows = actions.reshape(batch_size, -1).T.astype(np.int64)
-        return (rows + self.starts) * batch_size + np.arange(batch_size)
+        rows = actions.reshape(batch_size, -1).T
+        if len(self.sizes) > 1:
+            rows = rows + self.starts
+        positions = np.multiply(rows, batch_size, dtype=np.int64, casting="unsafe")
+        positions += _arange(batch_size)
+        return positions
 
     def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """See :meth:`Head.log_prob`."""

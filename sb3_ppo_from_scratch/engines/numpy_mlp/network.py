@@ -77,7 +77,10 @@ class Stack:
         shapes = [(self.groups, batch_size, layer.weight.shape[1]) for layer in self.layers]
         inputs = [np.empty(shape, self.dtype) for shape in shapes]
         outputs = [x if layer.activation.in_place else np.empty_like(x) for x, layer in zip(inputs, self.layers, strict=True)]
-        gradients = [np.empty(shape, self.dtype) for shape in shapes or [(1, batch_size, self.latent_dim)]]
+        gradients = [np.empty((self.groups, batch_size, self.latent_dim), self.dtype)]
+        for index in reversed(range(1, len(shapes))):  # a layer's output has done its duty when the gradient below it comes up
+            fits = shapes[index] == shapes[index - 1]
+            gradients.insert(0, outputs[index] if fits else np.empty(shapes[index - 1], self.dtype))
         return _Workspace(inputs, outputs, gradients, np.ones((1, batch_size), self.dtype))
 
     def forward(self, features: np.ndarray) -> np.ndarray:
