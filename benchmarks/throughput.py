@@ -187,6 +187,23 @@ def _cells(row: Record) -> list[str]:
     ]
 
 
+def summary(record: Record) -> str:
+    """
+    The table in the README: how many times as fast as SB3, and what memory.
+
+    :param record: from :func:`make_record`
+    """
+    lines = ["| training | engine | environments | times as fast as SB3 | memory, SB3 = 1 |", "|---|---|---|---|---|"]
+    for case in record["cases"].values():
+        sb3, *others = case["contestants"]
+        for row in others:
+            ratio, memory = row["ratio"], row["peak_memory_mib"] / sb3["peak_memory_mib"]
+            engine = f"`{row['engine']}`" + ("" if row["precision"] == "fp32" else f" {row['precision']}")
+            speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            lines.append(f"| {case['title']} | {engine} | {row['envs']} | {speed} | {memory:.2f} |")
+    return "\n".join(lines)
+
+
 def plot(record: Record, path: Path) -> None:
     """
     Bars: how many times as fast as SB3, with the spread over the rounds, and where the floor would be.
@@ -307,6 +324,8 @@ def main() -> None:
     print(f"\n{table(record)}\n")
     for path in write_results(record, options):
         print(f"wrote {path}")
+    if options.save_result is not None:
+        print(f"\nfor the README:\n{summary(record)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import throughput
 from benchmarks.cartpole import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +68,24 @@ def test_measured_figures_are_what_the_readme_says_of_them() -> None:
     assert record["max_parameter_difference"] == 0.0
     assert record["evaluation"]["scratch"] == record["evaluation"]["sb3"]
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
+
+
+def test_speeds_are_those_measured() -> None:
+    """Every row of the table; medians over at least five rounds, and memory no higher than SB3's where the README says so."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text(encoding="utf-8"))
+    assert throughput.summary(record) in README
+    assert record["pairs"] >= 5
+    assert record["scale"] == 1.0
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
+    for case in record["cases"].values():
+        for row in case["contestants"]:
+            ratios = [sb3 / own for sb3, own in zip(case["contestants"][0]["seconds"], row["seconds"], strict=True)]
+            assert row["ratio"]["median"] == pytest.approx(statistics.median(ratios), rel=2e-3)
+            assert row["ratio"]["min"] == pytest.approx(min(ratios), rel=2e-3)
+            assert row["ratio"]["max"] == pytest.approx(max(ratios), rel=2e-3)
+
+
+def test_the_headline_is_in_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text(encoding="utf-8"))
+    row = next(row for row in record["cases"]["cartpole_zoo"]["contestants"] if row["engine"] == "numpy")
+    assert f"**{row['ratio']['median']:.1f} times as fast as SB3's PPO**" in README
