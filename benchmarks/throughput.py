@@ -6,7 +6,9 @@ the median over the rounds of SB3's time divided by the other's in the same roun
 open, SB3 runs with those that are fastest for it. The floor is what nobody can do without: the environments' steps alone,
 plus the bare matrix products. ``make throughput`` runs it; the figures in the README come from::
 
-    python -m benchmarks.throughput --save-result throughput
+    python -m benchmarks.throughput --engine numpy --engine channels_last --save-result throughput
+
+The reference engine's speed is that of :mod:`benchmarks.cartpole`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
 from benchmarks.record import RESULTS, ROOT, provenance, write_json
+from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
 Record = dict[str, Any]
 
@@ -73,7 +76,8 @@ def run_case(case: str, options: argparse.Namespace) -> Record:
     """
     candidates, others = contestants(CASES[case], options.threads)
     skipped = {f"{other.title} ({other.envs})": missing(other) for other in others}
-    present = [other for other in others if missing(other) is None]
+    wanted = options.engine or [other.engine for other in others]
+    present = [other for other in others if missing(other) is None and other.engine in wanted]
     tried = _try_settings(case, candidates, options) if len(candidates) > 1 else {}
     baseline = min(tried, key=lambda each: tried[each]) if tried else candidates[0]
     field = [baseline, *present]
@@ -296,6 +300,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pairs", type=at_least_1, default=5, help="rounds, in each of which everybody runs once (%(default)s)"
     )
     parser.add_argument("--only", action="append", choices=[*CASES, "import"], help="this case (may be given several times)")
+    parser.add_argument(
+        "--engine", action="append", choices=ENGINE_NAMES[1:], help="only this one (may be given several times)"
+    )
     parser.add_argument("--scale", type=positive, default=1.0, help="share of the steps, for a quick look (%(default)g)")
     parser.add_argument("--threads", type=at_least_1, default=2, help="for convolutions; small networks get 1 (%(default)s)")
     parser.add_argument(

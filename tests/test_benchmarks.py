@@ -203,7 +203,7 @@ def test_sb3_runs_with_what_is_fastest_for_it(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(throughput, "run", run)
     monkeypatch.setattr(throughput, "missing", lambda each: None if each.envs in ("dummy", "subproc") else "it")
-    options = argparse.Namespace(pairs=3, threads=2, scale=1.0, seed=0)
+    options = argparse.Namespace(pairs=3, threads=2, scale=1.0, seed=0, engine=None)
     result = throughput.run_case("breakout", options)
     assert len(result["sb3_settings_tried"]) == 4
     a_round = order[4 : 4 + len(result["contestants"])]
