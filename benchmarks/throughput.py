@@ -224,7 +224,7 @@ def plot(record: Record, path: Path) -> None:
     )
     for axis, case in zip(axes.flat, cases, strict=True):
         _plot_case(axis, case)
-    axes.flat[-1].set_xlabel("times as fast as SB3's PPO (median; lines: smallest and largest; diamonds: the floor)")
+    figure.supxlabel("times as fast as SB3's PPO (median; lines: smallest and largest; diamonds: the floor)", fontsize=11)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
