@@ -12,11 +12,12 @@ import gymnasium as gym
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, make_native_atari_env
 
 __all__ = ["CASES", "Case", "Contestant", "build", "contestants", "make_env", "missing", "scaled"]
 
@@ -48,9 +49,9 @@ class Case:
     env_id: str
     timesteps: int
     task: Callable[[], Task]
-    envs: tuple[str, ...]
+    envs: tuple[str, ...] = ("dummy",)
     """kinds of environments, ``"dummy"`` first"""
-    engines: tuple[tuple[str, str], ...]
+    engines: tuple[tuple[str, str], ...] = ()
     """ScratchPPO's, with their precision, and ``"sbx"``"""
     parallel: bool = False
     """whether more than one thread pays; tiny networks are slower with two"""
@@ -129,18 +130,19 @@ def make_env(case: Case, contestant: Contestant, seed: int) -> Any:
     :param contestant: for its ``envs``
     :param seed: of the environments
     """
-    n_envs, kind = case.task().n_envs, contestant.envs
+    task, kind = case.task(), contestant.envs
+    n_envs = task.n_envs
     if kind == "native":
-        return gym.make_vec(case.env_id, num_envs=n_envs, vectorization_mode="vector_entry_point")
+        vector_env = gym.make_vec(case.env_id, num_envs=n_envs, vectorization_mode="vector_entry_point")
+        return vector_env if task.normalize is None else VecNormalize(NativeVecEnv(vector_env), **task.normalize)
     if kind in ("ale", "envpool"):
-        from sb3_ppo_from_scratch.vec_env import make_native_atari_env
-
         return make_native_atari_env(case.env_id, n_envs=n_envs, seed=seed, backend=kind)
     vec_env_cls = SubprocVecEnv if kind == "subproc" else DummyVecEnv
     if "NoFrameskip" in case.env_id:
         env_id = f"ale_py:{case.env_id}"  # registers the games in subprocesses, too
         return VecFrameStack(make_atari_env(env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
-    return make_vec_env(case.env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls)
+    env: VecEnv = make_vec_env(case.env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls)
+    return env if task.normalize is None else VecNormalize(env, **task.normalize)
 
 
 def build(case: Case, contestant: Contestant, seed: int) -> OnPolicyAlgorithm:

@@ -33,7 +33,7 @@ def provenance(module: str) -> dict[str, Any]:
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy")},
+            **{name: version(name) for name in ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy", "ale-py")},
         },
         "torch_threads": th.get_num_threads(),
     }

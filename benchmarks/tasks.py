@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any, NamedTuple
 
 import yaml
@@ -12,7 +13,7 @@ from benchmarks.record import ROOT
 __all__ = ["HYPERPARAMETERS", "Task", "load_task"]
 
 HYPERPARAMETERS = ROOT / "hyperparams" / "scratch_ppo.yml"
-_OF_THE_ENVIRONMENT = ("env_wrapper", "frame_stack", "normalize")
+_OF_THE_ENVIRONMENT = ("env_wrapper", "frame_stack")
 
 
 class Task(NamedTuple):
@@ -23,6 +24,8 @@ class Task(NamedTuple):
     n_envs: int
     arguments: dict[str, Any]
     """The algorithm's own arguments, schedules included."""
+    normalize: dict[str, Any] | None = None
+    """Arguments of the ``VecNormalize`` around the environments; ``None`` for no such wrapper."""
 
 
 def load_task(name: str) -> Task:
@@ -33,7 +36,23 @@ def load_task(name: str) -> Task:
     """
     entry = yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))[name]
     n_timesteps, policy, n_envs = (entry.pop(key) for key in ("n_timesteps", "policy", "n_envs"))
+    normalize = _plain_dict(entry.pop("normalize", False))
+    if normalize is not None and "gamma" in entry:
+        normalize["gamma"] = entry["gamma"]
     for key, value in entry.items():
         if isinstance(value, str) and value.startswith("lin_"):
             entry[key] = SimpleLinearSchedule(value.removeprefix("lin_"))
-    return Task(n_timesteps, policy, n_envs, {key: value for key, value in entry.items() if key not in _OF_THE_ENVIRONMENT})
+    if "policy_kwargs" in entry:
+        entry["policy_kwargs"] = _plain_dict(entry["policy_kwargs"])
+    arguments = {key: value for key, value in entry.items() if key not in _OF_THE_ENVIRONMENT}
+    return Task(n_timesteps, policy, n_envs, arguments, normalize)
+
+
+def _plain_dict(value: str | bool) -> dict[str, Any] | None:
+    """``True``, or what the zoo would evaluate: ``"dict(a=1)"`` or ``"{'a': 1}"``, of plain values."""
+    if isinstance(value, bool):
+        return {} if value else None
+    tree = ast.parse(value.strip(), mode="eval").body
+    if isinstance(tree, ast.Call):
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
+    return ast.literal_eval(tree)

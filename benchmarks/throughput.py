@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
+from benchmarks.options import number
 from benchmarks.record import RESULTS, ROOT, provenance, write_json
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
@@ -295,7 +295,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput", description="the speed of ScratchPPO's engines beside SB3's PPO"
     )
-    at_least_1, positive = _number(int, 1), _number(float, 1e-9)
+    at_least_1, positive = number(int, 1), number(float, 1e-9)
     parser.add_argument(
         "--pairs", type=at_least_1, default=5, help="rounds, in each of which everybody runs once (%(default)s)"
     )
@@ -306,22 +306,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=positive, default=1.0, help="share of the steps, for a quick look (%(default)g)")
     parser.add_argument("--threads", type=at_least_1, default=2, help="for convolutions; small networks get 1 (%(default)s)")
     parser.add_argument(
-        "--seed", type=_number(int, 0), default=0, help="of the first round; the next ones count on (%(default)s)"
+        "--seed", type=number(int, 0), default=0, help="of the first round; the next ones count on (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written (%(default)s)")
     parser.add_argument("--save-result", metavar="NAME", help="write record and figure to benchmarks/results/NAME.* as well")
     return parser.parse_args(arguments)
-
-
-def _number(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"must be at least {low:g}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
 
 
 def main() -> None:

@@ -1,0 +1,219 @@
+"""
+Trains SB3's PPO and ScratchPPO side by side, on the environments and seeds of :mod:`benchmarks.comparison.protocol`.
+
+Every run is a process of its own with one thread; as many run at a time as there are cores. A finished run leaves a record and
+is not run again: after Ctrl-C or a crash, the same command goes on, and only the runs in progress are lost. ``make compare``
+runs all of it, in some hours; a quick look at the whole way is::
+
+    python -m benchmarks.compare --scale 0.01 --seeds 2 --only CartPole-v1 --out runs/tiny
+    python -m benchmarks.report --results runs/tiny
+
+:mod:`benchmarks.report` turns the records into tables and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.comparison.protocol import PROTOCOL, SIDES
+from benchmarks.comparison.records import read_run, record_path
+from benchmarks.options import number
+from benchmarks.record import ROOT
+
+__all__ = ["Order", "RunFailed", "Runner", "main", "parse_options", "plan"]
+
+
+class Order(NamedTuple):
+    """A run to be done."""
+
+    entry: str
+    side: str
+    seed: int
+    timesteps: int
+
+    def __str__(self) -> str:
+        return f"{self.entry} {self.side} seed {self.seed}"
+
+
+class RunFailed(Exception):
+    """A run ended without a record; the message is the last that it said."""
+
+
+def plan(options: argparse.Namespace) -> list[Order]:
+    """
+    All runs that ``options`` ask for, seed by seed, and the longest of a seed first: whenever it ends, the sides are even.
+
+    :param options: see :func:`parse_options`
+    """
+    orders = []
+    for name in options.only or [name for name in PROTOCOL if name not in _ON_REQUEST]:
+        entry = PROTOCOL[name]
+        timesteps = max(1, round(entry.timesteps * options.scale))
+        seeds = range(min(options.seeds or entry.seeds, entry.seeds))
+        sides = [side for side in entry.sides if side in (options.side or SIDES)]
+        orders += [Order(name, side, seed, timesteps) for seed in seeds for side in sides]
+    return sorted(orders, key=lambda order: (order.seed, PROTOCOL[order.entry].task().policy != "CnnPolicy", -order.timesteps))
+
+
+_ON_REQUEST = ("Breakout-10M",)
+"""Entries that only ``--only`` runs: on a CPU they take days."""
+
+
+@dataclass
+class Runner:
+    """
+    Does runs, several at a time.
+
+    :param folder: of the records
+    :param bar: counts steps
+    """
+
+    folder: Path
+    bar: tqdm
+    _running: dict[Order, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def run(self, order: Order) -> float:
+        """
+        One run, to its end.
+
+        :param order: what to run
+        :return: mean return of the final evaluation
+        :raises RunFailed: if it left no record
+        """
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        with subprocess.Popen(
+            self._command(order),
+            cwd=ROOT,
+            env=os.environ | threads,
+            stdout=subprocess.PIPE,  # if this process dies, the run notices when it prints its next evaluation
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process; stop() ends the runs
+        ) as process:
+            self._running[order] = process
+            last, said = self._follow(process)
+        self._running.pop(order, None)
+        if process.returncode != 0 or not record_path(self.folder, *order[:3]).exists():
+            raise RunFailed(said)
+        return last
+
+    def _command(self, order: Order) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.comparison.one_run", "--out", str(self.folder)]
+        for name in ("entry", "side", "seed"):
+            command += [f"--{name}", str(getattr(order, name))]
+        whole = order.timesteps == PROTOCOL[order.entry].timesteps
+        return command if whole else [*command, "--timesteps", str(order.timesteps)]
+
+    def _follow(self, process: subprocess.Popen[str]) -> tuple[float, str]:
+        """Count the steps that a run reports, until it ends. Returns its last evaluation, and its last other lines."""
+        done, last, said = 0, float("nan"), deque[str](maxlen=30)
+        for line in process.stdout or []:
+            if line.startswith("{"):
+                report = json.loads(line)
+                self.bar.update(report["timesteps"] - done)
+                done, last = report["timesteps"], report["return"]
+            else:
+                said.append(line)
+        return last, "".join(said)
+
+    def stop(self) -> None:
+        """End the runs in progress."""
+        for process in list(self._running.values()):
+            process.terminate()
+
+
+def run_all(orders: list[Order], options: argparse.Namespace) -> list[Order]:
+    """
+    Do all runs, and say what came of each.
+
+    :param orders: see :func:`plan`
+    :param options: see :func:`parse_options`
+    :return: the runs that failed
+    """
+    failed = []
+    total = sum(order.timesteps for order in orders)
+    with tqdm(total=total, unit=" steps", unit_scale=True, disable=not options.progress, smoothing=0.05) as bar:
+        runner = Runner(options.out, bar)
+        pool = ThreadPoolExecutor(options.jobs)
+        futures = {pool.submit(runner.run, order): order for order in orders}
+        pending: set[Future[float]] = set(futures)
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    failed += _report(futures[future], future, len(orders) - len(pending), len(orders))
+        finally:  # Ctrl-C, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
+            pool.shutdown()
+    return failed
+
+
+def _report(order: Order, future: Future[float], position: int, total: int) -> list[Order]:
+    try:
+        tqdm.write(f"[{position}/{total}] {order}: {future.result():.1f}")
+    except RunFailed as error:
+        tqdm.write(f"[{position}/{total}] {order} FAILED:\n{error}")
+        return [order]
+    return []
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Read the command line.
+
+    :param arguments: ``None`` for this process's own
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description="train SB3's PPO and ScratchPPO side by side, and keep records"
+    )
+    at_least_1 = number(int, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--only", action="append", choices=PROTOCOL, help="this entry (may be given several times)")
+    parser.add_argument("--side", action="append", choices=SIDES, help="only this side (may be given several times)")
+    parser.add_argument("--seeds", type=at_least_1, help="at most so many of an entry's seeds")
+    parser.add_argument("--scale", type=number(float, 1e-9), default=1.0, help="share of the steps, for a quick look")
+    parser.add_argument("--jobs", type=at_least_1, default=cores, help="runs at a time (%(default)s, the cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is not, and run nothing")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Do the runs that are not finished yet. Returns the exit status: 1 if a run failed, 130 after Ctrl-C."""
+    options = parse_options()
+    orders = plan(options)
+    try:
+        to_do = [order for order in orders if read_run(options.out, *order) is None]
+    except ValueError as error:
+        sys.exit(f"compare: {error}")
+    print(f"{len(orders) - len(to_do)} of {len(orders)} runs are finished in {options.out}", flush=True)
+    if options.list:
+        print("\n".join(f"{'to do   ' if order in to_do else 'finished'}  {order}" for order in orders))
+        return 0
+    try:
+        failed = run_all(to_do, options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one stopped")
+        return 130
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(map(str, failed))}; the same command tries them again")
+        return 1
+    print(f"all finished; next: python -m benchmarks.report --results {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The files of the comparison: one record per run, a model beside each, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.comparison.protocol import PROTOCOL
+from benchmarks.record import write_json
+
+__all__ = [
+    "Records",
+    "Run",
+    "final_returns",
+    "load_records",
+    "model_path",
+    "read_run",
+    "record_path",
+    "training_returns",
+    "training_seconds",
+    "write_record",
+]
+
+Run = dict[str, Any]
+Records = dict[str, dict[str, dict[int, Run]]]
+"""Runs by entry, side and seed."""
+
+
+def record_path(folder: Path, entry: str, side: str, seed: int) -> Path:
+    """
+    :param folder: of all records
+    :param entry: key of the protocol
+    :param side: key of the entry's sides
+    :param seed: the run's
+    """
+    return folder / entry / f"{side}_{seed}.json"
+
+
+def model_path(folder: Path, entry: str, side: str, seed: int) -> Path:
+    """As :func:`record_path`, for the trained model, which is too large to commit."""
+    return folder / "models" / entry / f"{side}_{seed}.zip"
+
+
+def write_record(path: Path, run: Run) -> None:
+    """
+    Write a finished run's record, whole or not at all.
+
+    :param path: from :func:`record_path`
+    :param run: what JSON can hold
+    """
+    unfinished = path.with_suffix(".part")
+    write_json(unfinished, run)
+    os.replace(unfinished, path)
+
+
+def read_run(folder: Path, entry: str, side: str, seed: int, timesteps: int | None = None) -> Run | None:
+    """
+    A finished run's record.
+
+    :param folder: of all records
+    :param entry: key of the protocol
+    :param side: key of the entry's sides
+    :param seed: the run's
+    :param timesteps: that it must have been trained for; ``None`` for any number
+    :return: ``None`` if the run has not been finished
+    :raises ValueError: if it was made under another margin, or with other steps
+    """
+    path = record_path(folder, entry, side, seed)
+    if not path.exists():
+        return None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    if run["margin"] != PROTOCOL[entry].margin:
+        raise ValueError(f"{path} was run under the margin {run['margin']}, not the protocol's {PROTOCOL[entry].margin}")
+    if timesteps is not None and run["timesteps"] != timesteps:
+        raise ValueError(f"{path} holds a run of {run['timesteps']:,} steps, not {timesteps:,}: choose another --out")
+    return run
+
+
+def load_records(folder: Path) -> Records:
+    """
+    Every finished run of a folder.
+
+    :param folder: of all records
+    :raises ValueError: if runs of one entry differ in their steps, or in the margin from the protocol's
+    """
+    records: Records = {}
+    for name, entry in PROTOCOL.items():
+        records[name] = {}
+        timesteps: int | None = None
+        for side in entry.sides:
+            seeds = sorted(int(path.stem.rpartition("_")[2]) for path in (folder / name).glob(f"{side}_*.json"))
+            runs = {}
+            for seed in seeds:
+                run = read_run(folder, name, side, seed, timesteps)
+                assert run is not None, "the file is there"
+                timesteps = run["timesteps"]
+                runs[seed] = run
+            if runs:
+                records[name][side] = runs
+    return records
+
+
+def final_returns(runs: dict[int, Run]) -> np.ndarray:
+    """Mean return over the evaluation episodes after training, ``[n_seeds]``."""
+    return np.array([np.mean(run["evaluations"][-1]["returns"]) for run in runs.values()])
+
+
+def training_returns(runs: dict[int, Run]) -> np.ndarray:
+    """Mean return over the last (at most 100) training episodes, ``[n_seeds]``."""
+    return np.array([np.mean(run["last_training_returns"]) for run in runs.values()])
+
+
+def training_seconds(runs: dict[int, Run]) -> np.ndarray:
+    """Wall-clock time of training without evaluations, ``[n_seeds]``."""
+    return np.array([run["evaluations"][-1]["seconds"] for run in runs.values()])
