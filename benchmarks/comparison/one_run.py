@@ -34,15 +34,19 @@ from benchmarks.record import provenance
 __all__ = ["Evaluations", "evaluation_env", "main", "train"]
 
 
-def evaluation_env(entry: Entry) -> VecEnv:
+def evaluation_env(entry: Entry, n_envs: int = EVALUATION_ENVS, render_mode: str | None = None) -> VecEnv:
     """
     The environments that every side is evaluated in, SB3's own: whole games and raw rewards on Atari.
 
     :param entry: of the protocol
+    :param n_envs: how many
+    :param render_mode: Gymnasium's; ``None`` for no pictures
     """
+    # without a seed, SB3 would draw one from the generator that training draws from
+    kwargs: dict[str, Any] = {"seed": EVALUATION_SEED, "env_kwargs": {"render_mode": render_mode}}
     if "NoFrameskip" in entry.env_id:
-        return VecFrameStack(make_atari_env(f"ale_py:{entry.env_id}", EVALUATION_ENVS), n_stack=4)
-    env: VecEnv = make_vec_env(entry.env_id, EVALUATION_ENVS)
+        return VecFrameStack(make_atari_env(f"ale_py:{entry.env_id}", n_envs, **kwargs), n_stack=4)
+    env: VecEnv = make_vec_env(entry.env_id, n_envs, **kwargs)
     normalize = entry.task().normalize
     return env if normalize is None else VecNormalize(env, **normalize, training=False, norm_reward=False)
 
