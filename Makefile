@@ -4,13 +4,19 @@ JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests
 
-.PHONY: help cartpole throughput components test check lint format-check format type clean
+.PHONY: help cartpole compare report throughput components test check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 cartpole: .venv/installed ## the main job: ScratchPPO beside SB3's PPO on CartPole-v1
 	$(BIN)/python -m benchmarks.cartpole --engine torch --out runs/cartpole
+
+compare: .venv/installed ## ScratchPPO beside SB3's PPO on all environments and seeds, some hours; ARGS="--only CartPole-v1"
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+report: .venv/installed ## the tables and pictures of the committed comparison; ARGS="--results runs/compare" for your own
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 throughput: .venv/installed ## the speed of all engines beside SB3's PPO, about 20 minutes
 	$(BIN)/python -m benchmarks.throughput --out runs/throughput

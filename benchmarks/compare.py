@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -203,6 +204,7 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{'to do   ' if order in to_do else 'finished'}  {order}" for order in orders))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     try:
         failed = run_all(to_do, options)
     except KeyboardInterrupt:

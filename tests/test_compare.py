@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from rl_zoo3.exp_manager import ExperimentManager
 
+from benchmarks import compare, report
+from benchmarks.cases import build
+from benchmarks.comparison import figures, inference, one_run, tables
 from benchmarks.comparison.protocol import PROTOCOL, Entry
+from benchmarks.comparison.records import load_records, read_run, record_path, write_record
+from benchmarks.record import RESULTS, ROOT
 from benchmarks.tasks import HYPERPARAMETERS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMITTED = RESULTS / "compare"
+
+
+# --------------------------------------------------------------------- protocol
 
 
 @pytest.mark.parametrize("entry", PROTOCOL.values(), ids=PROTOCOL)
@@ -31,3 +52,412 @@ def test_tasks_are_what_the_zoo_makes_of_its_file(entry: Entry) -> None:
 
 def _at(value: Any, progress: float) -> Any:
     return value(progress) if callable(value) else value
+
+
+# ------------------------------------------------------------------------- runs
+
+TINY = dataclasses.replace(PROTOCOL["CartPole-v1"], evaluations=3, episodes=2, final_episodes=4)
+
+
+@pytest.mark.parametrize("side", ["sb3", "fast", "native"])
+def test_evaluations_leave_training_alone(side: str) -> None:
+    undisturbed = build(TINY.case(), TINY.sides[side], seed=5).learn(1024)
+    model, measured = one_run.train(TINY, side, 5, 1024)
+    for ours, theirs in zip(model.policy.parameters(), undisturbed.policy.parameters(), strict=True):
+        assert np.array_equal(ours.detach(), theirs.detach())
+    rows = measured["evaluations"]
+    assert [row["timesteps"] for row in rows] == [0, 344, 688, 1024], "evenly spaced, to the next vector step of 8"
+    assert [len(row["returns"]) for row in rows] == [2, 2, 2, 4]
+    assert rows[0]["training_return"] is None
+    assert rows[-1]["training_return"] == pytest.approx(np.mean(measured["last_training_returns"]), abs=1e-3)
+
+
+def test_evaluations_on_atari_leave_training_alone() -> None:
+    """Their actions are drawn at random."""
+    entry = dataclasses.replace(PROTOCOL["Breakout-500k"], evaluations=2, episodes=1, final_episodes=1)
+    digests = [
+        one_run.train(dataclasses.replace(entry, evaluations=n), "reference", 0, 1024)[1]["weights_sha256"] for n in (1, 2)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_the_same_initial_states_for_every_side() -> None:
+    first = [one_run.train(TINY, side, 1, 256)[1]["evaluations"][0]["returns"] for side in ("sb3", "fast")]
+    assert first[0] == first[1]
+
+
+def test_the_time_of_evaluations_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: one_run.Evaluations, episodes: int) -> list[float]:
+        time.sleep(0.2)
+        return [0.0]
+
+    monkeypatch.setattr(one_run.Evaluations, "_returns", slow)
+    start = time.perf_counter()
+    _, measured = one_run.train(TINY, "fast", 0, 256)
+    assert measured["evaluations"][-1]["seconds"] < time.perf_counter() - start - 0.6
+
+
+def test_normalization_is_that_of_training() -> None:
+    entry = dataclasses.replace(PROTOCOL["Acrobot-v1"], evaluations=1, episodes=1, final_episodes=1)
+    callback = one_run.Evaluations(entry, 512)
+    model = build(entry.case(), entry.sides["fast"], 0).learn(512, callback=callback)
+    callback.evaluate(1)
+    training = model.get_vec_normalize_env()
+    assert np.array_equal(callback._env.obs_rms.mean, training.obs_rms.mean)
+    assert callback._env.obs_rms is not training.obs_rms
+    assert not callback._env.training
+    assert not callback._env.norm_reward
+
+
+# ---------------------------------------------------------------------- records
+
+
+def a_run(seed: int = 0, score: float = 100.0, side: str = "sb3", **changes: Any) -> dict[str, Any]:
+    """A record as ``one_run`` writes it: two evaluations of two episodes."""
+    entry = "CartPole-v1"
+    rows = [
+        {"timesteps": steps, "seconds": seconds, "returns": [mean - 1, mean + 1]}
+        for steps, seconds, mean in ((0, 0.0, 20.0), (100_000, 10.0 if side == "sb3" else 2.0, score))
+    ]
+    made = {"machine": {"cpu": "a", "cores": 2, "system": "b"}, "versions": {"torch": "2"}, "commit": "c" * 40}
+    return {
+        "entry": entry,
+        "side": side,
+        "seed": seed,
+        "timesteps": PROTOCOL[entry].timesteps,
+        "margin": PROTOCOL[entry].margin,
+        "evaluations": rows,
+        "last_training_returns": [score - 10],
+        "weights_sha256": f"{side} {seed}",
+        **made,
+        **changes,
+    }
+
+
+def keep(folder: Path, *runs: dict[str, Any]) -> None:
+    for run in runs:
+        write_record(record_path(folder, run["entry"], run["side"], run["seed"]), run)
+
+
+def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
+    path = record_path(tmp_path, "CartPole-v1", "sb3", 3)
+    with pytest.raises(TypeError):
+        write_record(path, a_run(3, broken=object()))
+    assert read_run(tmp_path, "CartPole-v1", "sb3", 3) is None
+    path.with_suffix(".part").write_text('{"entry": "CartP')  # a crash while writing
+    assert read_run(tmp_path, "CartPole-v1", "sb3", 3) is None
+    keep(tmp_path, a_run(3))
+    assert read_run(tmp_path, "CartPole-v1", "sb3", 3) == a_run(3)
+    assert list(load_records(tmp_path)["CartPole-v1"]["sb3"]) == [3]
+
+
+def test_a_margin_is_not_changed_after_the_runs(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(margin=30.0))
+    with pytest.raises(ValueError, match=r"sb3_0\.json was run under the margin 30\.0, not the protocol's 25\.0"):
+        load_records(tmp_path)
+
+
+def test_runs_of_other_lengths_are_not_mixed(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0), a_run(1, timesteps=1000))
+    with pytest.raises(ValueError, match=r"sb3_1\.json holds a run of 1,000 steps, not 100,000"):
+        load_records(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compare", "--only", "CartPole-v1", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "compare: " in done.stderr
+    assert "choose another --out" in done.stderr
+
+
+# ------------------------------------------------------------------------- plan
+
+
+def test_the_plan() -> None:
+    orders = compare.plan(compare.parse_options([]))
+    asked = {(order.entry, order.side): 0 for order in orders}
+    for order in orders:
+        asked[order.entry, order.side] += 1
+        assert order.timesteps == PROTOCOL[order.entry].timesteps
+    assert all(asked["CartPole-v1", side] == 10 for side in ("sb3", "reference", "fast", "native"))
+    assert all(asked[name, "sb3"] >= 5 for name in ("Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLander-v3"))
+    assert all(asked["Breakout-500k", side] >= 1 for side in ("sb3", "reference", "fast"))
+    assert "Breakout-10M" not in {entry for entry, _ in asked}
+    assert [order.seed for order in orders] == sorted(order.seed for order in orders)
+    few = compare.plan(compare.parse_options(["--only", "Acrobot-v1", "--side", "sb3", "--seeds", "2", "--scale", "0.1"]))
+    assert few == [compare.Order("Acrobot-v1", "sb3", seed, 100_000) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("arguments", [["--only", "Pong"], ["--seeds", "0"], ["--scale", "0"], ["--jobs", "x"]])
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        compare.parse_options(arguments)
+    assert caught.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- statistics
+
+
+def test_interquartile_mean_by_hand() -> None:
+    assert inference.interquartile_mean(np.array([1.0, 100.0, 2.0, 3.0])).value == 2.5
+    assert inference.interquartile_mean(np.array([0.0, 1.0, 2.0, 6.0, 50.0])).value == 3.0
+
+
+def test_probability_of_improvement_by_hand() -> None:
+    def value(x: list[float], y: list[float]) -> float:
+        return inference.probability_of_improvement(np.array(x), np.array(y)).value
+
+    assert value([3, 4], [1, 2]) == 1.0
+    assert value([1, 2], [1, 2]) == 0.5
+    assert value([1, 5, 5], [2, 5]) == (0 + 0 + 1 + 0.5 + 1 + 0.5) / 6
+    assert value([1], [2]) == 0.0
+
+
+def test_difference_by_hand() -> None:
+    """Mean 2, standard deviation 1; Student's t at 97.5% with two degrees of freedom is 4.303."""
+    estimate = inference.difference(np.array([11.0, 22.0, 33.0]), np.array([10.0, 20.0, 30.0]))
+    assert estimate.value == 2.0
+    assert estimate.low == pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3)
+    assert estimate.high == pytest.approx(2 + 4.3027 / 3**0.5, abs=1e-3)
+
+
+def test_bootstrap_intervals_cover_the_mean() -> None:
+    """In about 95% of all samples; a little less often for few seeds, since the percentile bootstrap is narrow then."""
+    samples = np.random.default_rng(0).normal(3.0, 1.0, size=(100, 20))
+    covered = sum(low <= 3.0 <= high for _, low, high in map(inference.mean, samples))
+    assert 85 <= covered <= 100
+    value, low, high = inference.mean(samples[0])
+    assert value == pytest.approx(samples[0].mean())
+    assert low < value < high
+
+
+def test_one_seed_gives_no_interval() -> None:
+    one = np.array([5.0])
+    for estimate in (
+        inference.mean(one),
+        inference.interquartile_mean(one),
+        inference.difference(one, one),
+        inference.probability_of_improvement(one, one),
+    ):
+        assert np.isnan(estimate.low)
+        assert np.isnan(estimate.high)
+        assert "nan" not in tables._interval(estimate)
+
+
+def test_seeds_that_agree_give_an_interval_of_one_point() -> None:
+    same = np.full(5, 500.0)
+    assert inference.mean(same) == (500.0, 500.0, 500.0)
+    assert inference.difference(same, same) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "margin", "says"),
+    [
+        ((-1, 2), 5.0, "equivalent within ±5"),
+        ((1, 2), 5.0, "equivalent within ±5"),
+        ((-5, 2), 5.0, "**not shown** to be equivalent within ±5"),
+        ((-9, 9), 5.0, "**not shown** to be equivalent within ±5"),
+        ((-9, -1), 5.0, "**worse**"),
+        ((1, 9), 5.0, "**better**"),
+        ((-1, 2), None, "too few seeds for a test"),
+        ((np.nan, np.nan), 5.0, "too few seeds for a test"),
+    ],
+)
+def test_verdict(interval: tuple[float, float], margin: float | None, says: str) -> None:
+    assert inference.verdict(inference.Estimate(0.0, *interval), margin) == says
+
+
+# ----------------------------------------------------------------------- report
+
+
+def test_the_headline_is_of_common_seeds(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0, 100.0), a_run(1, 200.0), a_run(7, 999.0))
+    keep(tmp_path, a_run(0, 101.0, side="fast"), a_run(1, 203.0, side="fast"))
+    text = tables.headline(load_records(tmp_path))
+    row = next(line for line in text.splitlines() if line.startswith("| CartPole-v1 |"))
+    assert "| 100,000 | 2 | 150.0 [100.0, 200.0] | 152.0 [101.0, 203.0], `numpy` | +2.0 [-10.7, +14.7] |" in row
+    assert row.endswith("| equivalent within ±25 | 5.00 (5.00 to 5.00) |")
+    assert text.count("*not run yet*") == 2 * (len(PROTOCOL) - 1)
+
+
+def test_the_same_bits_are_told_from_equal_scores(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0), a_run(0, side="reference", weights_sha256="sb3 0"), a_run(0, side="fast"))
+    keep(tmp_path, a_run(1), a_run(1, side="reference", weights_sha256="sb3 1"), a_run(1, side="fast"))
+    records = load_records(tmp_path)
+    assert "In 2 of 2 pairs of runs" in tables.identity(records)
+    said = tables.details("CartPole-v1", records["CartPole-v1"])
+    assert "- ScratchPPO, reference: the same weights as SB3's PPO, to the last bit; 5.00" in said
+    assert "- ScratchPPO, fast engine: differs from SB3's PPO by +0.0 [+0.0, +0.0]: equivalent within ±25" in said
+    keep(tmp_path, a_run(1, side="reference"))
+    assert "In 1 of 2 pairs of runs" in tables.identity(load_records(tmp_path))
+
+
+def test_every_number_is_in_the_report(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0, 123.25), a_run(4, 234.5), a_run(0, 345.75, side="native"))
+    text = tables.report(load_records(tmp_path), [("a.png", "What it shows")])
+    assert "| 0 | 123.25 (113.25) | 345.75 (335.75) |" in text
+    assert "| 4 | 234.50 (224.50) |  |" in text
+    assert "![What it shows](a.png)" in text
+    assert f"3 runs at commit `{'c' * 40}` on 2 cores of a (b)" in text
+    assert "rl-zoo3's own score | 1 |  |  |  | 500.0 ± 0.0 |" in text
+    assert "*Not run yet:* `python -m benchmarks.compare --only Breakout-10M`" in text
+
+
+def test_learning_curves_are_means_over_seeds() -> None:
+    curve = figures.learning_curve({0: a_run(0, 100.0), 1: a_run(1, 300.0)})
+    assert curve.steps.tolist() == [0, 100_000]
+    assert curve.seconds.tolist() == [0.0, 10.0]
+    assert curve.value.tolist() == [20.0, 200.0]
+    assert curve.low.tolist() == [20.0, 100.0]
+    assert curve.high.tolist() == [20.0, 300.0]
+
+
+def test_pictures_say_what_has_not_been_run(tmp_path: Path) -> None:
+    figure, axes = figures._subplots(1, 1, (4, 3))
+    figures._plot_entry(axes[0, 0], "Breakout-10M", {}, "seconds")
+    assert [text.get_text() for text in axes[0, 0].texts] == ["not run yet"]
+    assert axes[0, 0].get_title() == "Breakout-10M"
+    figures._save(figure, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()
+
+
+# ------------------------------------------------------------------- end to end
+
+TINY_BUDGET = ("--scale", "0.01", "--only", "CartPole-v1", "--no-progress")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == status, printed
+    return printed
+
+
+@pytest.mark.slow
+def test_compare_and_report_end_to_end(tmp_path: Path) -> None:
+    """Stopped by Ctrl-C after its first run, the comparison goes on where it was; the report needs nothing but its files."""
+    out = tmp_path / "records"
+    command = ("benchmarks.compare", *TINY_BUDGET, "--seeds", "2", "--jobs", "1", "--out", str(out))
+    interrupted = start(*command)
+    assert interrupted.stdout is not None
+    assert interrupted.stdout.readline() == f"0 of 8 runs are finished in {out}\n"
+    assert interrupted.stdout.readline().startswith("[1/8] CartPole-v1 sb3 seed 0: ")
+    interrupted.send_signal(signal.SIGINT)
+    assert "interrupted; the same command goes on" in finish(interrupted, 130)
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    assert 1 <= len(finished) < 8
+    printed = finish(start(*command))
+    assert f"{len(finished)} of 8 runs are finished" in printed
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "they were not run again"
+    assert "8 of 8 runs are finished" in finish(start(*command, "--list"))
+
+    records = load_records(out)["CartPole-v1"]
+    assert {side: list(runs) for side, runs in records.items()} == {
+        side: [0, 1] for side in ("sb3", "reference", "fast", "native")
+    }
+    run = records["fast"][1]
+    assert re.fullmatch(
+        rf"python -m benchmarks\.comparison\.one_run --out {re.escape(str(out))} --entry CartPole-v1 --side fast --seed 1 "
+        r"--timesteps 1000",
+        run["command"],
+    )
+    assert run.keys() >= {"commit", "machine", "versions", "margin", "started", "engine", "last_training_returns"}
+    assert len(run["evaluations"]) == PROTOCOL["CartPole-v1"].evaluations + 1
+    for seed in (0, 1):
+        assert records["reference"][seed]["weights_sha256"] == records["sb3"][seed]["weights_sha256"]
+        assert records["fast"][seed]["weights_sha256"] != records["sb3"][seed]["weights_sha256"]
+
+    printed = finish(start("benchmarks.report", "--results", str(out), "--out", str(tmp_path / "report")))
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert tables.headline(load_records(out)) in text
+    assert tables.headline(load_records(out)) in printed
+    assert "In 2 of 2 pairs of runs" in text
+    for name in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+    gif = ("--entry", "CartPole-v1", "--every", "3", "--width", "100")
+    printed = finish(start("benchmarks.episode", *gif, "--results", str(out), "--out", str(tmp_path)))
+    told = json.loads((tmp_path / "CartPole-v1.json").read_text(encoding="utf-8"))
+    assert told["agent"]["weights_sha256"] == records["fast"][0]["weights_sha256"]
+    assert f"of {told['steps']} steps, return {told['return']:g}" in printed
+    with Image.open(tmp_path / "CartPole-v1.gif") as picture:
+        assert picture.width == 100
+        assert picture.n_frames > 1
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(self: compare.Runner, order: compare.Order) -> list[str]:
+        path = record_path(tmp_path, order.entry, order.side, order.seed)
+        good = f"import pathlib; p = pathlib.Path({str(path)!r}); p.parent.mkdir(exist_ok=True); p.write_text('')"
+        return [sys.executable, "-c", "print('no such luck'); 1 / 0" if order.side == "sb3" else good]
+
+    monkeypatch.setattr(compare.Runner, "_command", command)
+    options = compare.parse_options(["--only", "CartPole-v1", "--seeds", "1", "--out", str(tmp_path), "--no-progress"])
+    orders = compare.plan(options)
+    assert compare.run_all(orders, options) == [orders[0]]
+    printed = capsys.readouterr().out
+    assert "CartPole-v1 sb3 seed 0 FAILED:\nno such luck\nTraceback" in printed
+    assert "ZeroDivisionError" in printed
+    assert "[4/4]" in printed
+
+
+@pytest.mark.parametrize("module", ["report", "episode"])
+def test_says_what_makes_the_files_that_are_missing(module: str, tmp_path: Path) -> None:
+    entry = ("--entry", "CartPole-v1") if module == "episode" else ()
+    assert "benchmarks.compare" in finish(start(f"benchmarks.{module}", *entry, "--results", str(tmp_path)), 1)
+
+
+# -------------------------------------------------------------------- committed
+
+
+@pytest.fixture(scope="module")
+def records() -> Any:
+    return load_records(COMMITTED)
+
+
+def test_the_committed_report_is_that_of_the_committed_records(records: Any, tmp_path: Path) -> None:
+    again = report.write_report(records, tmp_path)
+    for path in again:
+        if path.suffix == ".md":
+            assert path.read_text(encoding="utf-8") == (COMMITTED / path.name).read_text(encoding="utf-8")
+        else:
+            with Image.open(path) as new, Image.open(COMMITTED / path.name) as old:
+                assert new.size == old.size
+
+
+def test_committed_runs_are_whole_and_of_clean_commits(records: Any) -> None:
+    for name, sides in records.items():
+        for side, runs in sides.items():
+            assert list(runs) == list(range(PROTOCOL[name].seeds)), (name, side)
+            for run in runs.values():
+                assert run["timesteps"] == PROTOCOL[name].timesteps
+                assert re.fullmatch("[0-9a-f]{40}", run["commit"]), "run on a commit, not on changes to one"
+                assert len(run["evaluations"][-1]["returns"]) == PROTOCOL[name].final_episodes
+    assert len(records["CartPole-v1"]) == 4
+
+
+def test_the_readme_says_what_the_records_say(records: Any) -> None:
+    assert tables.headline(records) in README
+    assert tables.identity(records) in " ".join(README.split())
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Breakout-500k"])
+def test_the_readmes_agents_are_those_of_the_records(name: str, records: Any) -> None:
+    told = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))
+    agent = told["agent"]
+    trained = records[agent["entry"]][agent["side"]][agent["seed"]]
+    assert agent["weights_sha256"] == trained["weights_sha256"]
+    assert f"benchmarks/results/compare/{name}.gif" in README
+    assert f"a return of {told['return']:g}" in " ".join(README.split())
+    with Image.open(COMMITTED / f"{name}.gif") as picture:
+        assert picture.n_frames > 20

@@ -110,8 +110,9 @@ def final_returns(runs: dict[int, Run]) -> np.ndarray:
 
 
 def training_returns(runs: dict[int, Run]) -> np.ndarray:
-    """Mean return over the last (at most 100) training episodes, ``[n_seeds]``."""
-    return np.array([np.mean(run["last_training_returns"]) for run in runs.values()])
+    """Mean return over the last (at most 100) training episodes, ``[n_seeds]``; ``nan`` where none has ended."""
+    last = [run["last_training_returns"] for run in runs.values()]
+    return np.array([np.mean(returns) if returns else np.nan for returns in last])
 
 
 def training_seconds(runs: dict[int, Run]) -> np.ndarray:

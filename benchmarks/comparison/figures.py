@@ -1,0 +1,154 @@
+"""The comparison in pictures, made of the records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.comparison.inference import difference, mean
+from benchmarks.comparison.protocol import PROTOCOL, SIDES
+from benchmarks.comparison.records import Records, Run, final_returns
+
+__all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
+
+_STYLES: dict[
+    str, dict[str, Any]
+] = {  # Okabe and Ito's colours; SB3's line is wide, so that the reference shows on top where the two coincide
+    "sb3": {"color": "#D55E00", "linewidth": 5.0, "alpha": 0.45},
+    "reference": {"color": "#000000", "linewidth": 1.3, "linestyle": (0, (4, 2))},
+    "fast": {"color": "#0072B2", "linewidth": 2.0},
+    "native": {"color": "#009E73", "linewidth": 2.0, "linestyle": (0, (1, 1))},
+}
+_BAND = "lines: mean return over the seeds; bands: its 95% bootstrap interval; grey dots: rl-zoo3's own score"
+
+
+class Curve(NamedTuple):
+    """Mean return over seeds at each evaluation, ``[n_evaluations]`` each."""
+
+    steps: np.ndarray
+    seconds: np.ndarray
+    """median over the seeds, of training alone"""
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def learning_curve(runs: dict[int, Run]) -> Curve:
+    """
+    :param runs: of one side, by seed
+    """
+    rows = [run["evaluations"] for run in runs.values()]
+    steps = np.array([[row["timesteps"] for row in run] for run in rows])
+    seconds = np.array([[row["seconds"] for row in run] for run in rows])
+    returns = np.array([[np.mean(row["returns"]) for row in run] for run in rows])
+    estimates = np.array([mean(column) for column in returns.T])
+    return Curve(steps[0], np.median(seconds, axis=0), *estimates.T)
+
+
+def plot_curves(records: Records, names: Sequence[str], path: Path, against: str, columns: int = 3) -> None:
+    """
+    Learning curves of all sides, a panel per entry; one that has not been run is an empty panel that says so.
+
+    :param records: all of them
+    :param names: entries to show
+    :param path: the PNG to write
+    :param against: ``"steps"`` or ``"seconds"``
+    :param columns: panels side by side
+    """
+    rows = -(-len(names) // columns)
+    figure, axes = _subplots(rows, columns, (10, 3.2 * rows + 0.9))
+    for axis, name in zip(axes.flat, names, strict=False):
+        _plot_entry(axis, name, records[name], against)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return of an evaluation episode")
+    _legend(figure, [side for side in SIDES if any(side in records[name] for name in names)])
+    figure.supxlabel(_BAND, fontsize=10, color="#444444")
+    _save(figure, path)
+
+
+def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against: str) -> None:
+    entry = PROTOCOL[name]
+    axis.set_title(_title(name, sides), fontsize=11)
+    if not sides:
+        axis.text(0.5, 0.5, "not run yet", transform=axis.transAxes, ha="center", va="center", fontsize=13, color="#777777")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        return
+    thousands = against == "steps"
+    for side, runs in sides.items():
+        curve = learning_curve(runs)
+        x = curve.steps / 1000 if thousands else curve.seconds
+        axis.plot(x, curve.value, **_STYLES[side])
+        axis.fill_between(x, curve.low, curve.high, color=_STYLES[side]["color"], alpha=0.15, linewidth=0)
+    if entry.zoo is not None:
+        axis.axhline(entry.zoo.mean, color="#777777", linestyle=":", linewidth=1.5, zorder=0)
+    axis.set_xlabel("environment steps (thousands)" if thousands else "wall-clock time of training (s)")
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.25)
+
+
+def _title(name: str, sides: dict[str, dict[int, Run]]) -> str:
+    seeds = sorted({len(runs) for runs in sides.values()})
+    if not seeds:
+        return name
+    count = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
+    return f"{name} ({count} seed{'' if count == '1' else 's'})"
+
+
+def plot_differences(records: Records, path: Path) -> None:
+    """
+    Differences of final returns from SB3's PPO with their intervals, in units of the margin.
+
+    :param records: all of them
+    :param path: the PNG to write
+    """
+    rows = [
+        (name, side, difference(final_returns(runs), final_returns(sides["sb3"])))
+        for name, sides in records.items()
+        for side, runs in sides.items()
+        if side not in ("sb3", "reference") and PROTOCOL[name].margin and runs.keys() == sides["sb3"].keys()
+    ]
+    figure, axes = _subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
+    axis = axes[0, 0]
+    axis.axvspan(-1, 1, color="#999999", alpha=0.2, linewidth=0)
+    axis.axvline(0, color="#777777", linewidth=1)
+    for y, (name, side, apart) in enumerate(rows):
+        margin = PROTOCOL[name].margin
+        assert margin is not None, "as selected"
+        low, value, high = (bound / margin for bound in (apart.low, apart.value, apart.high))
+        axis.plot([low, high], [y, y], color=_STYLES[side]["color"], linewidth=2.5)
+        axis.plot(value, y, "o", color=_STYLES[side]["color"], markersize=8)
+    labels = [f"{name}\n{'native environments' if side == 'native' else 'fast engine'}" for name, side, _ in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=10)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("difference of final return from SB3's PPO, in margins\n(lines: 95% intervals; grey: equivalent)")
+    axis.grid(axis="x", alpha=0.25)
+    _save(figure, path)
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    mpl.use("Agg")
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, axes
+
+
+def _legend(figure: Figure, sides: Sequence[str]) -> None:
+    handles = [Line2D([], [], **_STYLES[side]) for side in sides]
+    figure.legend(handles, [SIDES[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # so that the same records give the same bytes
+    plt.close(figure)

@@ -1,0 +1,237 @@
+"""The comparison in words and numbers: Markdown, made of the records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.comparison.inference import (
+    Estimate,
+    difference,
+    interquartile_mean,
+    mean,
+    probability_of_improvement,
+    verdict,
+)
+from benchmarks.comparison.protocol import PROTOCOL, SIDES, Entry
+from benchmarks.comparison.records import (
+    Records,
+    Run,
+    final_returns,
+    training_returns,
+    training_seconds,
+)
+
+__all__ = ["appendix", "details", "headline", "identity", "markdown", "origins", "report"]
+
+Sides = dict[str, dict[int, Run]]
+
+_HEADLINE = ("environment", "steps", "seeds", "SB3's PPO", "ScratchPPO", "difference", "verdict", "times as fast")
+_DETAILS = (
+    "",
+    "seeds",
+    "mean",
+    "interquartile mean",
+    "last 100 training episodes",
+    "mean ± std over episodes",
+    "P(better than SB3)",
+    "training, s",
+)
+
+_INTRODUCTION = """
+Made by `python -m benchmarks.report` from the records beside this file, one per run; each names its own command. Question,
+margins and settings stand in [protocol.py](../../comparison/protocol.py), and were fixed before the runs.
+
+Returns are means over the evaluation episodes after training, averaged over seeds, with 95% bootstrap intervals in brackets.
+*Difference* is ScratchPPO minus SB3, paired by seed, with Student's 95% interval: within the margin, the two are *equivalent*;
+clear of zero, one is better; else it is *not shown* that they are equivalent. *Times as fast* is SB3's training time over
+ScratchPPO's: the median over seeds, with the smallest and the largest, while other runs had the other cores.
+"""
+
+
+def headline(records: Records) -> str:
+    """
+    One row per entry: SB3's PPO beside ScratchPPO with its fastest engine, on the same environments.
+
+    :param records: all of them
+    """
+    return markdown(_HEADLINE, [_headline_row(name, entry, records[name]) for name, entry in PROTOCOL.items()])
+
+
+def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
+    fast = "fast" if "fast" in entry.sides else "reference"
+    seeds = _common_seeds(sides, "sb3", fast)
+    if not seeds:
+        return [name, f"{entry.timesteps:,}", "0", "*not run yet*", "*not run yet*", "", "", ""]
+    theirs, ours = _only(sides["sb3"], seeds), _only(sides[fast], seeds)
+    apart = difference(final_returns(ours), final_returns(theirs))
+    return [
+        name,
+        f"{theirs[seeds[0]]['timesteps']:,}",
+        str(len(seeds)),
+        _interval(mean(final_returns(theirs))),
+        f"{_interval(mean(final_returns(ours)))}, `{entry.sides[fast].engine}`",
+        _interval(apart, sign="+"),
+        "the same bits" if _same_weights(ours, theirs) else verdict(apart, entry.margin),
+        _speed(ours, theirs),
+    ]
+
+
+def details(name: str, sides: Sides) -> str:
+    """
+    Everything about an entry: a row per side, and how each compares with SB3's PPO.
+
+    :param name: the entry's
+    :param sides: its runs
+    """
+    entry = PROTOCOL[name]
+    text = [f"### {name}", ""]
+    if entry.note:
+        text += [entry.note, ""]
+    if "sb3" not in sides:
+        return "\n".join([*text, f"*Not run yet:* `python -m benchmarks.compare --only {name}`", ""])
+    rows = [_details_row(entry, side, runs, sides["sb3"]) for side, runs in sides.items()]
+    if entry.zoo is not None:
+        rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", ""])
+    text += [markdown(_DETAILS, rows), ""]
+    text += [_compared(entry, side, sides) for side in sides if side != "sb3"]
+    return "\n".join([*text, ""])
+
+
+def _details_row(entry: Entry, side: str, runs: dict[int, Run], theirs: dict[int, Run]) -> list[str]:
+    contestant = entry.sides[side]
+    episodes = np.concatenate([run["evaluations"][-1]["returns"] for run in runs.values()])
+    better = probability_of_improvement(final_returns(runs), final_returns(theirs))
+    precision = "" if contestant.precision == "fp32" else f" {contestant.precision}"
+    return [
+        f"{SIDES[side]} (`{contestant.engine}`{precision}, {contestant.envs})" if side != "sb3" else SIDES[side],
+        str(len(runs)),
+        _interval(mean(final_returns(runs))),
+        _interval(interquartile_mean(final_returns(runs))),
+        _interval(mean(training_returns(runs))),
+        f"{episodes.mean():.1f} ± {episodes.std():.1f}",
+        "" if side == "sb3" else _interval(better, digits=2),
+        f"{np.median(training_seconds(runs)):.1f}",
+    ]
+
+
+def _compared(entry: Entry, side: str, sides: Sides) -> str:
+    seeds = _common_seeds(sides, "sb3", side)
+    ours, theirs = _only(sides[side], seeds), _only(sides["sb3"], seeds)
+    apart = difference(final_returns(ours), final_returns(theirs))
+    same = "the same weights as SB3's PPO, to the last bit" if _same_weights(ours, theirs) else None
+    said = same or f"differs from SB3's PPO by {_interval(apart, sign='+')}: {verdict(apart, entry.margin)}"
+    return f"- {SIDES[side]}: {said}; {_speed(ours, theirs)} times as fast"
+
+
+def _same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
+    return all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
+
+
+def identity(records: Records) -> str:
+    """
+    In how many runs the reference engine ended with the weights that SB3's PPO ended with.
+
+    :param records: all of them
+    """
+    same = total = 0
+    for sides in records.values():
+        for seed in _common_seeds(sides, "sb3", "reference"):
+            total += 1
+            same += _same_weights(_only(sides["reference"], [seed]), sides["sb3"])
+    return f"In {same} of {total} pairs of runs, the reference engine ended with SB3's weights, to the last bit."
+
+
+def appendix(records: Records) -> str:
+    """
+    Every seed's final return, with that of the last 100 training episodes in parentheses.
+
+    :param records: all of them
+    """
+    text = []
+    for name, sides in records.items():
+        if sides:
+            seeds = sorted(set().union(*sides.values()))
+            rows = [[str(seed), *(_one_seed(runs, seed) for runs in sides.values())] for seed in seeds]
+            text += [f"### {name}, seed by seed", "", markdown(["seed", *(SIDES[side] for side in sides)], rows), ""]
+    return "\n".join(text)
+
+
+def _one_seed(runs: dict[int, Run], seed: int) -> str:
+    if seed not in runs:
+        return ""
+    one = {seed: runs[seed]}
+    return f"{final_returns(one)[0]:.2f} ({training_returns(one)[0]:.2f})"
+
+
+def origins(records: Records) -> str:
+    """
+    On which machines, with which versions and from which commits the runs were made.
+
+    :param records: all of them
+    """
+    runs = [run for sides in records.values() for by_seed in sides.values() for run in by_seed.values()]
+    made = [json.dumps([run["machine"], run["versions"], run["commit"]]) for run in runs]
+    lines = []
+    for origin in dict.fromkeys(made):
+        machine, versions, commit = json.loads(origin)
+        with_versions = ", ".join(f"{name} {number}" for name, number in versions.items())
+        lines.append(
+            f"- {made.count(origin)} runs at commit `{commit}` on {machine['cores']} cores of {machine['cpu']} "
+            f"({machine['system']}), one thread each: {with_versions}"
+        )
+    return "\n".join(lines)
+
+
+def report(records: Records, figures: Iterable[tuple[str, str]]) -> str:
+    """
+    The whole report.
+
+    :param records: all of them
+    :param figures: file names of the pictures, with what they show
+    """
+    parts = [
+        "# ScratchPPO beside SB3's PPO",
+        _INTRODUCTION,
+        headline(records),
+        identity(records),
+        *(f"![{shown}]({name})" for name, shown in figures),
+        "## Entry by entry",
+        *(details(name, sides) for name, sides in records.items()),
+        "## Appendix: all seeds",
+        "Mean return of the evaluation after training (in parentheses: of the last 100 training episodes).",
+        appendix(records),
+        "## Where the figures come from",
+        origins(records),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _common_seeds(sides: Sides, *names: str) -> list[int]:
+    return sorted(set.intersection(*(set(sides.get(name, {})) for name in names)))
+
+
+def _only(runs: dict[int, Run], seeds: list[int]) -> dict[int, Run]:
+    return {seed: runs[seed] for seed in seeds}
+
+
+def _speed(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
+    ratios = training_seconds(theirs) / training_seconds(ours)
+    spread = f" ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) > 1 else ""
+    return f"{np.median(ratios):.2f}{spread}"
+
+
+def _interval(estimate: Estimate, sign: str = "", digits: int = 1) -> str:
+    if np.isnan(estimate.value):
+        return "none"
+    number = f"{sign}.{digits}f"
+    bounds = "" if np.isnan(estimate.low) else f" [{estimate.low:{number}}, {estimate.high:{number}}]"
+    return f"{estimate.value:{number}}{bounds}"
