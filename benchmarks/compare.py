@@ -83,6 +83,7 @@ class Runner:
     folder: Path
     bar: tqdm
     _running: dict[Order, subprocess.Popen[str]] = field(default_factory=dict)
+    _stopped: bool = False
 
     def run(self, order: Order) -> float:
         """
@@ -103,6 +104,8 @@ class Runner:
             start_new_session=True,  # Ctrl-C is for this process; stop() ends the runs
         ) as process:
             self._running[order] = process
+            if self._stopped:  # while the process was started
+                process.terminate()
             last, said = self._follow(process)
         self._running.pop(order, None)
         if process.returncode != 0 or not record_path(self.folder, *order[:3]).exists():
@@ -130,6 +133,7 @@ class Runner:
 
     def stop(self) -> None:
         """End the runs in progress."""
+        self._stopped = True
         for process in list(self._running.values()):
             process.terminate()
 
