@@ -21,12 +21,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines import (
     ENGINE_NAMES,
     PRECISIONS,
@@ -263,7 +264,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
-        if self.precision == "bf16" and not has_bf16_instructions():
+        if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
             warnings.warn(
                 "precision='bf16' is slower than 'fp32' on this CPU, which has no bfloat16 instructions (AVX-512 BF16 or AMX)",
                 stacklevel=4,
@@ -295,7 +296,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
         if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
-            buffer_class = ScratchRolloutBuffer
+            buffer_class = DeviceRolloutBuffer if self.device.type == "cuda" else ScratchRolloutBuffer
         return buffer_class(
             self.n_steps,
             self.observation_space,
@@ -458,7 +459,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # asserted above
+            obs_tensor = self._to_device(rollout_buffer, self._last_obs)
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
@@ -482,12 +483,18 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
             self._last_episode_starts = dones
 
-        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]  # as above
+        values = engine.predict_values(self._to_device(rollout_buffer, new_obs))
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _to_device(self, rollout_buffer: RolloutBuffer, obs: Any) -> PyTorchObs:
+        """Observations for the policy, ``[n_envs, *obs_shape]`` or a dict of such; a buffer on its device keeps them there."""
+        if isinstance(rollout_buffer, DeviceRolloutBuffer):
+            return rollout_buffer.upload(obs)
+        return obs_as_tensor(obs, self.device)
 
     def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         if engine.batched_bootstrap:
