@@ -148,7 +148,8 @@ class Learner:
         gradients = th.autograd.grad(loss.total, self.parameters)
         with th.no_grad():
             th.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
-            norm = th.linalg.vector_norm(self.gradient)
+            # as torch's clip_grad_norm_ takes it; of the vector at once float32 would lose a digit more
+            norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self.gradients)))
             self.gradient.mul_(th.clamp(self.coefficients["max_grad_norm"] / (norm + 1e-6), max=1.0))
             takes_step = self._decide(loss, norm)
             self._adam(takes_step)
