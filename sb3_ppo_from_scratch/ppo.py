@@ -88,7 +88,8 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param max_grad_norm: 2-norm that a gradient is scaled down to, above 0
     :param use_sde: explore with generalized state-dependent noise (gSDE) instead of independent noise; Box actions only
     :param sde_sample_freq: steps between new gSDE noise matrices; -1 for one per rollout
-    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`
+    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`, or on CUDA
+        :class:`~sb3_ppo_from_scratch.device_buffer.DeviceRolloutBuffer`
     :param rollout_buffer_kwargs: more arguments for the rollout buffer
     :param target_kl: end an update when a minibatch's approximate KL (nats) exceeds 1.5 times it, above 0; ``None`` for never
     :param stats_window_size: episodes that logged means are taken over
@@ -99,10 +100,10 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
-        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU; ``"auto"``,
-        the fastest that can serve
-    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on CPUs that
-        have instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU;
+        ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest that can serve
+    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware that
+        has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :raises TypeError: for an argument of the wrong type
@@ -115,6 +116,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
     }
+    _may_replace_engine = False
 
     def __init__(
         self,
@@ -229,9 +231,20 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
         self.__dict__.pop("rollout_buffer", None)
         self._engine = None
-        engine_class(self.engine, self.policy, self.precision)  # raises if there is none
+        self._check_engine()
         for mlp_policy in (MlpPolicy, SharedMlpPolicy):
             self._maybe_recommend_cpu(mlp_policy.__name__)
+
+    def _check_engine(self) -> None:
+        """Whether there is one. A file's engine is replaced if it cannot serve here: who trains on a GPU may watch on a CPU."""
+        try:
+            engine_class(self.engine, self.policy, self.precision)
+        except ValueError as error:
+            if not self._may_replace_engine or self.engine == "auto":
+                raise
+            engine_class("auto", self.policy, self.precision)
+            warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=4)
+            self.engine = "auto"
 
     def _check_arguments(self) -> None:
         if not hasattr(self, "observation_space"):
@@ -614,6 +627,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         check_flag("allow_pickle", allow_pickle)
         if not allow_pickle:
             path, custom_objects = safe_archive(path, custom_objects, cls)
+        kwargs["_may_replace_engine"] = "engine" not in kwargs
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def set_parameters(
@@ -638,7 +652,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine", "_resumed", "_warned_of_skipped"]
+        ours = ["_engine", "_may_replace_engine", "_resumed", "_warned_of_skipped"]
+        return [*super()._excluded_save_params(), *ours]
 
     @classmethod
     def resume(

@@ -585,9 +585,8 @@ def test_saves_what_everybody_can_load(on_cpu: None, tmp_path: Path) -> None:
         assert (value.shape, value.dtype, value.stride()) == (other.shape, other.dtype, other.stride()), key
     obs = model.env.reset()
     expected, _ = model.predict(obs, deterministic=True)
-    custom = {"rollout_buffer_class": None}
-    for loaded in (ScratchPPO.load(tmp_path / "model", env=make_env("frames"), custom_objects=custom, engine="auto"),
-                   PPO.load(tmp_path / "model", env=make_env("frames"), custom_objects=custom)):  # fmt: skip
+    for algorithm in (ScratchPPO, PPO):
+        loaded = algorithm.load(tmp_path / "model", env=make_env("frames"))
         assert np.array_equal(loaded.predict(obs, deterministic=True)[0], expected)
         group = loaded.policy.optimizer.param_groups[0]
         assert not group["fused"]
@@ -658,6 +657,23 @@ def test_a_cpu_has_no_graphs() -> None:
     with pytest.raises(ValueError, match=r"engine='cudagraph'.*cannot serve this model.*it needs a CUDA device, not cpu"):
         ScratchPPO("MlpPolicy", make_env(), engine="cudagraph", device="cpu")
     assert type(make_engine("auto", make_policy())) is not CudaGraphEngine
+
+
+@pytest.mark.skipif(th.cuda.is_available(), reason="what is asked is what happens without CUDA")
+def test_what_was_trained_on_a_gpu_may_be_watched_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(support, "device_reason", lambda policy: None)
+        ScratchPPO("CnnPolicy", make_env("frames"), engine="cudagraph", precision="bf16", device="cpu", **SIZES).save(
+            tmp_path / "model"
+        )
+    with pytest.warns(UserWarning, match="goes on with 'auto': engine='cudagraph' .*it needs a CUDA device, not cpu"):
+        model = ScratchPPO.load(tmp_path / "model", env=make_env("frames"))
+    assert (model.engine, model.precision) == ("auto", "bf16")
+    assert model.learn(32)._engine.name == "channels_last"
+    with pytest.raises(ValueError, match="it needs a CUDA device, not cpu"):
+        ScratchPPO.load(tmp_path / "model", engine="cudagraph")
+    with pytest.raises(ValueError, match="its precision must be 'fp32'"):
+        ScratchPPO.load(tmp_path / "model", engine="torch")
 
 
 def test_bfloat16_is_for_frames(on_cpu: None) -> None:
