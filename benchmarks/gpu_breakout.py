@@ -73,8 +73,13 @@ def train_breakout(options: argparse.Namespace, device: str, deadline: float, ta
     task = task or load_task("atari")
     folder = options.out / f"breakout_seed{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    session_number = len(list(folder.glob("train_*.monitor.csv")))
     env = make_native_atari_env(
-        "BreakoutNoFrameskip-v4", task.n_envs, seed=options.seed, backend=options.backend, filename=str(folder / "train")
+        "BreakoutNoFrameskip-v4",
+        task.n_envs,
+        seed=options.seed + 1000 * session_number,  # games in C++ cannot be saved: each command begins new ones
+        backend=options.backend,
+        filename=str(folder / f"train_{session_number:03}"),  # one that is there would be overwritten
     )
     checkpoint = ResumableCheckpoint(None, folder / "checkpoints")
     stop = Deadline(deadline, checkpoint)
@@ -99,7 +104,7 @@ def train_breakout(options: argparse.Namespace, device: str, deadline: float, ta
         "backend": options.backend,
         "timesteps": model.num_timesteps,
         "sessions": _noted(folder / "sessions.json", session),
-        "curve": curve(folder / "train.monitor.csv"),
+        "curve": curve(sorted(folder.glob("train_*.monitor.csv"))),
         "done": not stop.stopped,
     }
     return record if stop.stopped else record | _evaluated(model, folder, options)
@@ -133,17 +138,17 @@ def _evaluated(model: ScratchPPO, folder: Path, options: argparse.Namespace) -> 
     }
 
 
-def curve(path: Path) -> list[tuple[int, float]]:
+def curve(paths: list[Path]) -> list[tuple[int, float]]:
     """
     A learning curve of so many points at most: the mean score of the games that ended in each stretch.
 
-    :param path: the monitor's file, one line per game
+    :param paths: the monitors' files, one per command, with a line per game
     :return: steps in the games so far, and mean scores
     """
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    games = [(int(row["l"]), float(row["r"])) for row in csv.DictReader(lines)]
+    games = []
+    for path in paths:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        games += [(int(row["l"]), float(row["r"])) for row in csv.DictReader(lines)]
     stretch = max(1, -(-len(games) // _POINTS))
     points, steps = [], 0
     for first in range(0, len(games), stretch):

@@ -101,9 +101,9 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
         on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU;
-        ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest that can serve
-    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware that
-        has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+        ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these
+    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
+        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :raises TypeError: for an argument of the wrong type
@@ -236,7 +236,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._maybe_recommend_cpu(mlp_policy.__name__)
 
     def _check_engine(self) -> None:
-        """Whether there is one. A file's engine is replaced if it cannot serve here: who trains on a GPU may watch on a CPU."""
+        """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
         try:
             engine_class(self.engine, self.policy, self.precision)
         except ValueError as error:

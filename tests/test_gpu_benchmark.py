@@ -241,6 +241,7 @@ def test_breakout_in_several_commands(tmp_path: Path) -> None:
     assert sessions[2]["from"] == 16
     assert last["timesteps"] == sessions[2]["to"] == 40
     assert "evaluation" not in second
+    assert len(list((tmp_path / "breakout_seed1").glob("train_*.monitor.csv"))) == 3, "no command overwrites another one's"
     assert len(last["evaluation"]["returns"]) == 1
     assert Path(last["model"]["file"]).exists()
     assert len(last["model"]["sha256"]) == 64
@@ -248,7 +249,8 @@ def test_breakout_in_several_commands(tmp_path: Path) -> None:
 
 def test_a_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_breakout, "_POINTS", 2)
-    path = tmp_path / "train.monitor.csv"
-    assert gpu_breakout.curve(path) == []
-    path.write_text("#{}\nr,l,t\n1.0,400,0.1\n3.0,400,0.2\n5.0,800,0.3\n", encoding="utf-8")
-    assert gpu_breakout.curve(path) == [(200, 2.0), (400, 5.0)]
+    assert gpu_breakout.curve([]) == []
+    paths = [tmp_path / name for name in ("train_000.monitor.csv", "train_001.monitor.csv")]
+    paths[0].write_text("#{}\nr,l,t\n1.0,400,0.1\n3.0,400,0.2\n", encoding="utf-8")
+    paths[1].write_text("#{}\nr,l,t\n5.0,800,0.3\n", encoding="utf-8")
+    assert gpu_breakout.curve(paths) == [(200, 2.0), (400, 5.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import torch as th
@@ -81,7 +82,8 @@ class CudaGraphEngine(TorchEngine):
             self._warn(f"updates from a {type(buffer).__name__} are the reference engine's; DeviceRolloutBuffer is faster")
             return super().update(buffer, config)
         if self._learner is None or self._learner.key != Learner.key_of(self.policy, buffer, config):
-            self._learner = None  # its memory is free before the next one takes its own
+            self._learner = None
+            gc.collect()  # it holds itself in circles, and a graph's memory is large
             self._learner = Learner(self.policy, self._heads, buffer, config)
         return self._learner.update(config)
 

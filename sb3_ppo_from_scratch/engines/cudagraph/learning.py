@@ -245,7 +245,8 @@ class Learner:
         return stats
 
     def _upload(self, plan: np.ndarray, config: UpdateConfig) -> None:
-        whole = np.ones(tuple(self.plan.tensor.shape), np.int64)  # with fewer transitions there are fewer minibatches
+        whole = np.zeros(tuple(self.plan.tensor.shape), np.int64)  # with fewer transitions there are fewer minibatches
+        whole[:, -1] = 1  # which a rehearsal may see
         whole[: len(plan)] = plan
         self.plan(whole)
         coefficients = {
