@@ -275,7 +275,7 @@ def check_waits(device: th.device) -> Iterator[Check]:
 
 
 def count_waits(function: Callable[[], object]) -> int:
-    """How often ``function`` makes the host wait by copies and the like; ``synchronize`` itself torch does not report."""
+    """How often ``function`` makes the host wait, as far as torch reports it: not where it waits for an event."""
     before = th.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer
+from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, device_buffer
 from sb3_ppo_from_scratch.advantages import compute_gae, fill_gae
+from sb3_ppo_from_scratch.cuda_graph import Captured
 from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.guards import check_rollout
 from sb3_ppo_from_scratch.transfer import Upload
+from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, train
 from tests.test_buffer import N_ENVS, N_STEPS, PAIRS, fill, make
@@ -148,12 +151,17 @@ def test_advantages_are_those_of_compute_gae(gamma: float, gae_lambda: float, n_
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_gamma_may_change_between_rollouts() -> None:
+@pytest.mark.parametrize("capture", [Captured, EmulatedCapture])
+def test_gamma_may_change_between_rollouts(capture: type[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph serves all rollouts."""
+    monkeypatch.setattr(device_buffer, "Captured", capture)
+    monkeypatch.setattr(EmulatedCapture, "made", 0)
     on_host, on_device = pair()
     for buffer in (on_host, on_device):
         buffer.gamma, buffer.gae_lambda = 0.5, 0.3
         buffer.reset()
         fill([buffer])
+    assert EmulatedCapture.made == (capture is EmulatedCapture)
     np.testing.assert_allclose(on_device.advantages, on_host.advantages, rtol=1e-5, atol=1e-6)
 
 
@@ -252,6 +260,22 @@ def test_trains_as_on_the_host(policy: str, observation: str, action: str) -> No
         th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_rollout_uploads_each_observation_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one after the last step, for its value."""
+    uploads: list[int] = []
+    upload = DeviceRolloutBuffer.upload
+    monkeypatch.setattr(DeviceRolloutBuffer, "upload", lambda self, obs: (uploads.append(self.pos), upload(self, obs))[1])
+    ScratchPPO(
+        "MlpPolicy",
+        make_env("box", "discrete")(),
+        n_steps=4,
+        batch_size=8,
+        rollout_buffer_class=DeviceRolloutBuffer,
+        device="cpu",
+    ).learn(16)
+    assert uploads == [0, 1, 2, 3, 4] * 2
+
+
 def test_sb3_ppo_trains_on_it() -> None:
     """SB3's own loop adds NumPy arrays, and asks for ``values`` and ``returns``."""
     sizes = {"n_steps": 32, "batch_size": 16, "n_epochs": 2}
@@ -261,6 +285,18 @@ def test_sb3_ppo_trains_on_it() -> None:
         th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cpu_keeps_the_buffer_of_the_host() -> None:
+def test_each_device_has_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ScratchPPO("MlpPolicy", ToyEnv(BOX, spaces.Discrete(2)), n_steps=8, batch_size=8, device="cpu")
     assert type(model.rollout_buffer) is ScratchRolloutBuffer
+    del model.rollout_buffer
+    made: list[Any] = []
+    monkeypatch.setattr("sb3_ppo_from_scratch.ppo.DeviceRolloutBuffer", lambda *_, **options: made.append(options["device"]))
+    model.device = th.device("cuda")
+    assert model.rollout_buffer is None
+    assert made == [th.device("cuda")]
+
+
+def test_a_saved_model_may_name_it(tmp_path: Path) -> None:
+    model = ScratchPPO("MlpPolicy", ToyEnv(BOX, spaces.Discrete(2)), rollout_buffer_class=DeviceRolloutBuffer, device="cpu")
+    model.save(tmp_path / "model")
+    assert ScratchPPO.load(tmp_path / "model").rollout_buffer_class is DeviceRolloutBuffer
