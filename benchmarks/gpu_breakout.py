@@ -25,6 +25,10 @@ Record = dict[str, Any]
 _EVALUATION_SEED = 1_000_000  # far from the seeds that agents are trained with
 _POINTS = 200
 """Of the learning curve in the record."""
+_LAST = 100
+"""Training episodes whose mean score is told beside the evaluation's."""
+_EVALUATION_SECONDS = 120.0
+"""What must be left of a command for it to evaluate as well."""
 _FRAMES_PER_STEP = 4  # a game's length is in frames
 
 
@@ -104,10 +108,14 @@ def train_breakout(options: argparse.Namespace, device: str, deadline: float, ta
         "backend": options.backend,
         "timesteps": model.num_timesteps,
         "sessions": _noted(folder / "sessions.json", session),
-        "curve": curve(sorted(folder.glob("train_*.monitor.csv"))),
+        "curve": curve(_games(folder)),
         "done": not stop.stopped,
     }
-    return record if stop.stopped else record | _evaluated(model, folder, options)
+    if stop.stopped:
+        return record
+    if session["to"] > begun_at and time.monotonic() > deadline - _EVALUATION_SECONDS:
+        return record | {"done": False}  # the next command has nothing left to train, and evaluates
+    return record | _evaluated(model, folder, options)
 
 
 def _noted(path: Path, session: Record) -> list[Record]:
@@ -130,7 +138,7 @@ def _evaluated(model: ScratchPPO, folder: Path, options: argparse.Namespace) -> 
     returns, _ = evaluate_policy(model, games, options.eval_episodes, deterministic=False, return_episode_rewards=True)
     games.close()
     assert isinstance(returns, list)  # as asked for
-    last = [episode["r"] for episode in model.ep_info_buffer or []]
+    last = [score for _, score in _games(folder)[-_LAST:]]
     return {
         "evaluation": {"mean": statistics.fmean(returns), "std": statistics.pstdev(returns), "returns": returns},
         "last_training_episodes": {"mean": statistics.fmean(last) if last else None, "count": len(last)},
@@ -138,21 +146,26 @@ def _evaluated(model: ScratchPPO, folder: Path, options: argparse.Namespace) -> 
     }
 
 
-def curve(paths: list[Path]) -> list[tuple[int, float]]:
+def _games(folder: Path) -> list[tuple[int, float]]:
+    """Steps and score of each game of the training, from the monitors' files, of which each command has written one."""
+    games = []
+    for path in sorted(folder.glob("train_*.monitor.csv")):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        games += [(int(row["l"]) // _FRAMES_PER_STEP, float(row["r"])) for row in csv.DictReader(lines)]
+    return games
+
+
+def curve(games: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """
     A learning curve of so many points at most: the mean score of the games that ended in each stretch.
 
-    :param paths: the monitors' files, one per command, with a line per game
-    :return: steps in the games so far, and mean scores
+    :param games: steps and score of each, in the order in which they ended
+    :return: steps in all games so far, and mean scores
     """
-    games = []
-    for path in paths:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        games += [(int(row["l"]), float(row["r"])) for row in csv.DictReader(lines)]
     stretch = max(1, -(-len(games) // _POINTS))
     points, steps = [], 0
     for first in range(0, len(games), stretch):
         part = games[first : first + stretch]
         steps += sum(length for length, _ in part)
-        points.append((steps // _FRAMES_PER_STEP, statistics.fmean(score for _, score in part)))
+        points.append((steps, statistics.fmean(score for _, score in part)))
     return points

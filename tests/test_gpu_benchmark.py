@@ -247,10 +247,21 @@ def test_breakout_in_several_commands(tmp_path: Path) -> None:
     assert len(last["model"]["sha256"]) == 64
 
 
+def test_an_evaluation_that_does_not_fit_is_left_to_the_next_command(tmp_path: Path) -> None:
+    pytest.importorskip("ale_py")
+    options = argparse.Namespace(out=tmp_path, seed=1, backend="ale", precision="fp32", timesteps=8.0, eval_episodes=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # games in C++ cannot be saved
+        first = gpu_breakout.train_breakout(options, "cpu", time.monotonic() + 60.0, tiny_task())
+        second = gpu_breakout.train_breakout(options, "cpu", time.monotonic() + 60.0, tiny_task())
+    assert (first["timesteps"], first["done"]) == (8, False)
+    assert (second["timesteps"], second["done"]) == (8, True)
+    assert len(second["evaluation"]["returns"]) == 1
+
+
 def test_a_learning_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_breakout, "_POINTS", 2)
     assert gpu_breakout.curve([]) == []
-    paths = [tmp_path / name for name in ("train_000.monitor.csv", "train_001.monitor.csv")]
-    paths[0].write_text("#{}\nr,l,t\n1.0,400,0.1\n3.0,400,0.2\n", encoding="utf-8")
-    paths[1].write_text("#{}\nr,l,t\n5.0,800,0.3\n", encoding="utf-8")
-    assert gpu_breakout.curve(paths) == [(200, 2.0), (400, 5.0)]
+    (tmp_path / "train_000.monitor.csv").write_text("#{}\nr,l,t\n1.0,400,0.1\n3.0,400,0.2\n", encoding="utf-8")
+    (tmp_path / "train_001.monitor.csv").write_text("#{}\nr,l,t\n5.0,800,0.3\n", encoding="utf-8")
+    assert gpu_breakout.curve(gpu_breakout._games(tmp_path)) == [(200, 2.0), (400, 5.0)]
