@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch as th
 
-__all__ = ["compute_gae", "normalize_advantages"]
+__all__ = ["compute_gae", "fill_gae", "normalize_advantages"]
 
 
 def compute_gae(
@@ -56,6 +56,41 @@ def compute_gae(
         advantage = deltas[step] + decay[step] * advantage
         advantages[step] = advantage
     return advantages, advantages + values
+
+
+def fill_gae(
+    rewards: th.Tensor,
+    values: th.Tensor,
+    episode_starts: th.Tensor,
+    last_values: th.Tensor,
+    dones: th.Tensor,
+    gamma: th.Tensor,
+    decay: th.Tensor,
+    *,
+    advantages: th.Tensor,
+    returns: th.Tensor,
+) -> None:
+    """
+    :func:`compute_gae` on any device, into memory that is there: no shape is checked and nobody waits for a number, so that a
+    CUDA graph can hold it. All tensors are floating-point and on one device.
+
+    :param rewards: see there
+    :param values: see there
+    :param episode_starts: see there
+    :param last_values: see there
+    :param dones: see there
+    :param gamma: scalar
+    :param decay: scalar, ``gamma * gae_lambda``
+    :param advantages: ``[n_steps, n_envs]``, filled
+    :param returns: ``[n_steps, n_envs]``, filled
+    """
+    next_values = th.cat([values[1:], last_values[None]])
+    next_non_terminal = 1.0 - th.cat([episode_starts[1:], dones[None]])
+    th.sub(rewards + gamma * next_values * next_non_terminal, values, out=advantages)  # delta, where the recursion begins
+    decay = decay * next_non_terminal
+    for step in reversed(range(len(rewards) - 1)):
+        advantages[step].addcmul_(decay[step], advantages[step + 1])
+    th.add(advantages, values, out=returns)
 
 
 def _check_shapes(

@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.stats import UpdateStats
 
@@ -96,6 +97,8 @@ def check_rollout(buffer: RolloutBuffer) -> None:
     :param buffer: full, its arrays ``[n_steps, n_envs]``
     :raises NonFiniteError: naming the tensor, the environment and the step
     """
+    if isinstance(buffer, DeviceRolloutBuffer) and buffer.all_finite():
+        return  # its arrays would have to be fetched, to see the same
     for name in ("values", "log_probs", "rewards", "advantages", "returns"):
         array: Any = getattr(buffer, name, None)  # a class of the user's may keep others
         if isinstance(array, np.ndarray) and not np.isfinite(array).all():

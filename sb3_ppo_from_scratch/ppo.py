@@ -21,12 +21,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines import (
     ENGINE_NAMES,
     PRECISIONS,
@@ -87,7 +88,8 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param max_grad_norm: 2-norm that a gradient is scaled down to, above 0
     :param use_sde: explore with generalized state-dependent noise (gSDE) instead of independent noise; Box actions only
     :param sde_sample_freq: steps between new gSDE noise matrices; -1 for one per rollout
-    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`
+    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`, or on CUDA
+        :class:`~sb3_ppo_from_scratch.device_buffer.DeviceRolloutBuffer`
     :param rollout_buffer_kwargs: more arguments for the rollout buffer
     :param target_kl: end an update when a minibatch's approximate KL (nats) exceeds 1.5 times it, above 0; ``None`` for never
     :param stats_window_size: episodes that logged means are taken over
@@ -98,10 +100,10 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
-        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU; ``"auto"``,
-        the fastest that can serve
-    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on CPUs that
-        have instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU;
+        ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these
+    :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
+        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :raises TypeError: for an argument of the wrong type
@@ -114,6 +116,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
     }
+    _may_replace_engine = False
 
     def __init__(
         self,
@@ -228,9 +231,20 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
         self.__dict__.pop("rollout_buffer", None)
         self._engine = None
-        engine_class(self.engine, self.policy, self.precision)  # raises if there is none
+        self._check_engine()
         for mlp_policy in (MlpPolicy, SharedMlpPolicy):
             self._maybe_recommend_cpu(mlp_policy.__name__)
+
+    def _check_engine(self) -> None:
+        """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
+        try:
+            engine_class(self.engine, self.policy, self.precision)
+        except ValueError as error:
+            if not self._may_replace_engine or self.engine == "auto":
+                raise
+            engine_class("auto", self.policy, self.precision)
+            warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=4)
+            self.engine = "auto"
 
     def _check_arguments(self) -> None:
         if not hasattr(self, "observation_space"):
@@ -263,7 +277,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
-        if self.precision == "bf16" and not has_bf16_instructions():
+        if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
             warnings.warn(
                 "precision='bf16' is slower than 'fp32' on this CPU, which has no bfloat16 instructions (AVX-512 BF16 or AMX)",
                 stacklevel=4,
@@ -295,7 +309,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
         if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
-            buffer_class = ScratchRolloutBuffer
+            buffer_class = DeviceRolloutBuffer if self.device.type == "cuda" else ScratchRolloutBuffer
         return buffer_class(
             self.n_steps,
             self.observation_space,
@@ -458,7 +472,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # asserted above
+            obs_tensor = self._to_device(rollout_buffer, self._last_obs)
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
@@ -482,12 +496,18 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
             self._last_episode_starts = dones
 
-        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]  # as above
+        values = engine.predict_values(self._to_device(rollout_buffer, new_obs))
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _to_device(self, rollout_buffer: RolloutBuffer, obs: Any) -> PyTorchObs:
+        """Observations for the policy, ``[n_envs, *obs_shape]`` or a dict of such; a buffer on its device keeps them there."""
+        if isinstance(rollout_buffer, DeviceRolloutBuffer):
+            return rollout_buffer.upload(obs)
+        return obs_as_tensor(obs, self.device)
 
     def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         if engine.batched_bootstrap:
@@ -607,6 +627,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         check_flag("allow_pickle", allow_pickle)
         if not allow_pickle:
             path, custom_objects = safe_archive(path, custom_objects, cls)
+        kwargs["_may_replace_engine"] = "engine" not in kwargs
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def set_parameters(
@@ -631,7 +652,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_engine", "_resumed", "_warned_of_skipped"]
+        ours = ["_engine", "_may_replace_engine", "_resumed", "_warned_of_skipped"]
+        return [*super()._excluded_save_params(), *ours]
 
     @classmethod
     def resume(

@@ -188,6 +188,7 @@ ALLOWED: tuple[Allowed, ...] = (
             "policy_kwargs: optimizer_class"),
     Allowed("stable_baselines3.common.buffers", ("RolloutBuffer", "DictRolloutBuffer"), NAMED, "rollout_buffer_class"),
     Allowed("sb3_ppo_from_scratch.buffer", ("ScratchRolloutBuffer",), NAMED, "rollout_buffer_class"),
+    Allowed("sb3_ppo_from_scratch.device_buffer", ("DeviceRolloutBuffer",), NAMED, "rollout_buffer_class"),
     # spaces, schedules, statistics
     Allowed("gymnasium.spaces.box", ("Box",), BUILT, "spaces"),
     Allowed("gymnasium.spaces.discrete", ("Discrete",), BUILT, "spaces"),

@@ -311,7 +311,7 @@ ARGUMENTS = {
         [None, {}, {"net_arch": []}, {"net_arch": [4]}, {"log_std_init": -2.0}, {"ortho_init": False}]
     ),
     "seed": counts,
-    "engine": st.sampled_from(["auto", "torch", "numpy", "channels_last", "warp", None, 1]),
+    "engine": st.sampled_from(["auto", "torch", "numpy", "channels_last", "cudagraph", "warp", None, 1]),
     "nan_policy": st.sampled_from(["raise", "skip", "ignore", None, 1]),
 }
 

@@ -6,6 +6,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
 from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, has_bf16_instructions
+from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 
@@ -20,7 +21,9 @@ __all__ = [
     "make_engine",
 ]
 
-_ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NumpyEngine, ChannelsLastEngine, TorchEngine)}
+_ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (NumpyEngine, ChannelsLastEngine, CudaGraphEngine, TorchEngine)
+}
 
 ENGINE_NAMES = ("auto", *_ENGINES)
 PRECISIONS = ("fp32", "bf16")
@@ -37,7 +40,7 @@ def engine_class(name: str, policy: ActorCriticPolicy, precision: str = "fp32") 
     candidates = _ENGINES if name == "auto" else {name: _ENGINES[name]}
     reasons = []
     for each, engine in candidates.items():
-        reason = _unsupported_reason(engine, policy, precision)
+        reason = engine.precision_reason(policy, precision) or engine.unsupported_reason(policy)
         if reason is None:
             return engine
         reasons.append(f"{each}: {reason}")
@@ -51,9 +54,3 @@ def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -
     :raises ValueError: as there
     """
     return engine_class(name, policy, precision)(policy, precision)
-
-
-def _unsupported_reason(engine: type[Engine], policy: ActorCriticPolicy, precision: str) -> str | None:
-    if precision not in engine.precisions:
-        return f"its precision must be {' or '.join(map(repr, engine.precisions))}"
-    return engine.unsupported_reason(policy)

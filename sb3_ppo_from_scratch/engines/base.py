@@ -78,6 +78,11 @@ class Engine(ABC):
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         """Why this engine cannot serve ``policy``; ``None`` if it can."""
 
+    @classmethod
+    def precision_reason(cls, policy: ActorCriticPolicy, precision: str) -> str | None:
+        """Why it cannot do so with that precision; ``None`` if it can."""
+        return None if precision in cls.precisions else f"its precision must be {' or '.join(map(repr, cls.precisions))}"
+
     def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
         """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
 

@@ -25,7 +25,7 @@ from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
 
-__all__ = ["ChannelsLastEngine", "has_bf16_instructions", "nature_features"]
+__all__ = ["ChannelsLastEngine", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
 _CONVOLUTIONS = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
@@ -84,7 +84,7 @@ class ChannelsLastEngine(TorchEngine):
             return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
         if name := replaced_method(policy):
             return f"the policy's {name} was replaced"
-        if not policy.share_features_extractor or not _is_as_built(policy.features_extractor):
+        if not policy.share_features_extractor or not is_as_built(policy.features_extractor):
             return "the features extractor must be SB3's NatureCNN without hooks, shared by actor and critic"
         if any(parameter.device.type != "cpu" or parameter.dtype != th.float32 for parameter in policy.parameters()):
             return "the parameters must be float32 and on the CPU"
@@ -155,7 +155,7 @@ class FrameLoader:
         return self._converted.resize_(shape).copy_(self._stored).permute(0, 3, 1, 2)
 
 
-def _is_as_built(extractor: nn.Module) -> bool:
+def is_as_built(extractor: nn.Module) -> bool:
     """Whether ``extractor`` is SB3's ``NatureCNN``, layer by layer, and nothing happens besides."""
     if type(extractor) is not NatureCNN or [type(layer) for layer in extractor.cnn] != _CONVOLUTIONS:
         return False

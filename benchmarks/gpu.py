@@ -1,0 +1,324 @@
+"""
+The engine of CUDA graphs on one GPU: is it right, how fast is it, and what does it reach on Breakout?
+
+One command checks and measures, and ends within the budget::
+
+    python -m benchmarks.gpu --out runs/gpu
+
+``check`` or ``measure`` does one of the two. ``breakout`` is a whole training of 10 million steps, cut into as many commands
+as it takes: each ends within the budget with a checkpoint, and the next one goes on from there. The last one evaluates::
+
+    python -m benchmarks.gpu breakout --seed 1 --out runs/gpu
+
+All of it needs a CUDA device, and says so where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
+
+from benchmarks.gpu_breakout import train_breakout
+from benchmarks.gpu_checks import run_checks
+from benchmarks.gpu_profile import minibatch_profile, profiled
+from benchmarks.record import provenance, write_json
+from benchmarks.tasks import Task, load_task
+from benchmarks.timed_run import peak_memory
+from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
+
+__all__ = ["Contestant", "Stopwatch", "contestants", "environment_rate", "main", "measure_one", "parse_options", "table"]
+
+Record = dict[str, Any]
+
+COMMANDS = ("all", "check", "measure", "breakout")
+ENV_ID = "BreakoutNoFrameskip-v4"
+_RESERVE = 45.0
+"""Seconds of the budget that are left for starting, for what cannot be cut short, and for writing."""
+
+
+class Contestant(NamedTuple):
+    """Who trains, on which environments."""
+
+    engine: str
+    """ScratchPPO's, or ``"sb3"`` for SB3's PPO, or ``"none"`` for the environments alone"""
+    envs: str
+    """``"dummy"``, ``"subproc"``, or a native backend"""
+    precision: str = "fp32"
+
+    @property
+    def title(self) -> str:
+        """For the table."""
+        who = {"sb3": "SB3 PPO", "none": "environments alone"}.get(self.engine, f"ScratchPPO {self.engine}")
+        return who if self.precision == "fp32" else f"{who} {self.precision}"
+
+
+def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
+    """
+    In the order in which they are timed; the two of SB3's are its candidates for the best kind of environments.
+
+    :param n_envs: parallel environments
+    :param backend: of the native ones
+    :param cores: a process per environment is only tried up to twice as many
+    """
+    subproc = [Contestant("sb3", "subproc")] if n_envs <= 2 * cores else []
+    return [
+        Contestant("none", backend),
+        Contestant("cudagraph", backend),
+        Contestant("cudagraph", backend, "bf16"),
+        Contestant("sb3", "dummy"),
+        *subproc,
+        Contestant("torch", backend),
+    ]
+
+
+# -------------------------------------------------------------------- measuring
+
+
+def make_env(kind: str, n_envs: int, seed: int) -> VecEnv:
+    """Breakout, as all have it."""
+    if kind in ATARI_BACKENDS:
+        return make_native_atari_env(ENV_ID, n_envs=n_envs, seed=seed, backend=kind)
+    vec_env_cls = SubprocVecEnv if kind == "subproc" else DummyVecEnv
+    return VecFrameStack(make_atari_env(f"ale_py:{ENV_ID}", n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
+
+
+class Stopwatch(BaseCallback):
+    """
+    Ends a run after so many seconds, and times its iterations but the first, which allocates and records.
+
+    :param seconds: from the first step on; at least two iterations are completed
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+        self.begun = time.perf_counter()
+        self.boundaries: list[tuple[float, int]] = []
+
+    def _on_rollout_start(self) -> None:
+        self.boundaries.append((time.perf_counter(), self.model.num_timesteps))
+
+    def _on_step(self) -> bool:
+        return len(self.boundaries) < 3 or time.perf_counter() - self.begun < self.seconds
+
+    @property
+    def fps(self) -> float:
+        """Steps per second, over all environments, from the second rollout's begin to the last one's."""
+        (start, first), (end, last) = self.boundaries[1], self.boundaries[-1]
+        return (last - first) / (end - start)
+
+
+def environment_rate(env: VecEnv, seconds: float) -> float:
+    """Steps per second of the environments alone, with random actions."""
+    env.action_space.seed(0)
+    actions = np.array([[env.action_space.sample() for _ in range(env.num_envs)] for _ in range(256)])
+    env.reset()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        env.step(actions[steps % len(actions)])
+        steps += 1
+    return steps * env.num_envs / (time.perf_counter() - start)
+
+
+def build(contestant: Contestant, env: VecEnv, task: Task, device: str, seed: int) -> OnPolicyAlgorithm:
+    """A fresh model of ``task``'s hyperparameters."""
+    if contestant.engine == "sb3":
+        return PPO(task.policy, env, seed=seed, device=device, **task.arguments)
+    options: Record = {"engine": contestant.engine, "precision": contestant.precision}
+    return ScratchPPO(task.policy, env, seed=seed, device=device, **task.arguments, **options)
+
+
+def measure_one(contestant: Contestant, n_envs: int, seconds: float, task: Task, device: str, seed: int = 0) -> Record:
+    """
+    Time one of them.
+
+    :param contestant: who
+    :param n_envs: parallel environments
+    :param seconds: to train for
+    :param task: hyperparameters
+    :param device: of the networks
+    :param seed: of the model and the environments
+    """
+    env = make_env(contestant.envs, n_envs, seed)
+    record: Record = {**contestant._asdict(), "title": contestant.title, "n_envs": n_envs}
+    try:
+        if contestant.engine == "none":
+            return {**record, "fps": environment_rate(env, min(seconds, 10.0))}
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            th.cuda.empty_cache()
+            th.cuda.reset_peak_memory_stats()
+        model, watch = build(contestant, env, task, device, seed), Stopwatch(seconds)
+        model.learn(10**9, callback=watch)
+        record |= {"fps": watch.fps, "iterations": len(watch.boundaries) - 2, "host_memory_mib": peak_memory()}
+        if on_cuda:
+            record |= {"gpu_memory_mib": th.cuda.max_memory_allocated() / 2**20, **_profile(model)}
+        return record
+    finally:
+        env.close()
+
+
+def _profile(model: OnPolicyAlgorithm) -> Record:
+    """Two more iterations under the profiler, and one minibatch step where the engine has graphs."""
+    steps = 2 * model.n_steps * model.n_envs
+    busy = profiled(lambda: model.learn(steps, reset_num_timesteps=False))
+    record: Record = {"gpu_busy_share": busy.share}
+    learner = getattr(getattr(model, "_engine", None), "_learner", None)
+    return record if learner is None else {**record, "minibatch_step": minibatch_profile(learner)}
+
+
+def measure(options: argparse.Namespace, deadline: float) -> Iterator[Record]:
+    """
+    Everybody, one number of environments after the other, for as long as there is time.
+
+    :param options: see :func:`parse_options`
+    :param deadline: ``time.monotonic()`` by which to have ended
+    """
+    task, cores = load_task("atari"), os.cpu_count() or 1
+    orders = [(who, n_envs) for n_envs in options.n_envs for who in contestants(n_envs, options.backend, cores)]
+    for index, (who, n_envs) in enumerate(orders):
+        seconds = 0.6 * (deadline - time.monotonic()) / (len(orders) - index)  # the rest is for starting and profiling
+        if seconds < 2.0:
+            yield {**who._asdict(), "title": who.title, "n_envs": n_envs, "skipped": "the budget was spent"}
+            continue
+        try:
+            yield measure_one(who, n_envs, seconds, task, "cuda", options.seed)
+        except Exception as error:  # noqa: BLE001  # the others' figures must not be lost with it
+            yield {**who._asdict(), "title": who.title, "n_envs": n_envs, "skipped": f"{type(error).__name__}: {error}"}
+
+
+# -------------------------------------------------------------------- reporting
+
+
+def table(rows: list[Record]) -> str:
+    """
+    As Markdown: steps per second beside SB3's best and beside the environments alone of the same number.
+
+    :param rows: from :func:`measure_one`
+    """
+    columns = ("environments", "", "steps/s", "times SB3", "of environments alone", "GPU busy", "GPU MiB")
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        if "skipped" in row:
+            lines.append(f"| {row['n_envs']} {row['envs']} | {row['title']} | left out: {row['skipped']} | | | | |")
+            continue
+        sb3, alone = _best(rows, row, "sb3"), _best(rows, row, "none", row["envs"])
+        cells = [
+            f"{row['n_envs']} {row['envs']}",
+            row["title"],
+            f"{row['fps']:,.0f}",
+            "" if sb3 is None or row["engine"] == "none" else f"{row['fps'] / sb3:.2f}",
+            "" if alone is None or row["engine"] == "none" else f"{row['fps'] / alone:.0%}",
+            f"{row['gpu_busy_share']:.0%}" if "gpu_busy_share" in row else "",
+            f"{row['gpu_memory_mib']:,.0f}" if "gpu_memory_mib" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(rows: list[Record], like: Record, engine: str, envs: str | None = None) -> float | None:
+    """The highest rate of that engine with as many environments as ``like``."""
+    rates = [
+        row["fps"]
+        for row in rows
+        if "fps" in row and (row["engine"], row["n_envs"]) == (engine, like["n_envs"]) and envs in (None, row["envs"])
+    ]
+    return max(rates, default=None)
+
+
+def gpu_provenance() -> Record:
+    """As for all figures, and the GPU."""
+    properties = th.cuda.get_device_properties(0)
+    gpu = {"name": properties.name, "memory_mib": properties.total_memory // 2**20, "cuda": th.version.cuda}
+    return {**provenance("benchmarks.gpu"), "gpu": gpu | {"cudnn": th.backends.cudnn.version()}}
+
+
+def run(options: argparse.Namespace, deadline: float) -> bool:
+    """
+    Do what the command line asks for; figures are written as they come.
+
+    :param options: see :func:`parse_options`
+    :param deadline: ``time.monotonic()`` by which to have ended
+    :return: whether all checks passed
+    """
+    if options.command == "breakout":
+        record = {**gpu_provenance(), **train_breakout(options, "cuda", deadline)}
+        write_json(options.out / f"breakout_seed{options.seed}.json", record)
+        print(json.dumps({key: value for key, value in record.items() if key != "curve"}, indent=2))
+        return True
+    record, path = {**gpu_provenance(), "checks": [], "rows": []}, options.out / "gpu.json"
+    if options.command in ("all", "check"):
+        record["checks"] = [{**check._asdict(), "passed": check.passed} for check in run_checks(th.device("cuda"))]
+        write_json(path, record)
+    passed = all(check["passed"] for check in record["checks"])
+    if options.command in ("all", "measure") and passed:
+        for row in measure(options, deadline):
+            record["rows"].append(row)
+            write_json(path, record)
+            print(
+                row.get("skipped") or f"{row['n_envs']} {row['envs']}, {row['title']}: {row['fps']:,.0f} steps/s", flush=True
+            )
+        print(f"\n{table(record['rows'])}\n")
+    print(f"wrote {path}" if passed else f"checks failed, so nothing was measured; wrote {path}")
+    return passed
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Read the command line.
+
+    :param arguments: ``None`` for this process's own
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="check and measure the engine of CUDA graphs on one GPU"
+    )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="all", help="check and measure by default")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=570.0, help="when to have ended, from the start on (%(default)g)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for what is written (%(default)s)")
+    parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32, 128], help="to measure with (%(default)s)")
+    parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="of native environments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of models and environments (%(default)s)")
+    parser.add_argument("--timesteps", type=float, default=1e7, help="of breakout (%(default)g)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of breakout (%(default)s)")
+    parser.add_argument("--eval-episodes", type=int, default=100, help="of breakout, in the end (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.budget_seconds < 2 * _RESERVE:
+        parser.error(f"--budget-seconds must be at least {2 * _RESERVE:g}, not {options.budget_seconds:g}")
+    if min(options.n_envs) < 1 or options.timesteps < 1 or options.eval_episodes < 1:
+        parser.error("--n-envs, --timesteps and --eval-episodes must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Run the benchmark of the command line.
+
+    :return: 0; 1 if a check failed; 3 if there is no CUDA device
+    """
+    started = time.monotonic()
+    options = parse_options(arguments)
+    if not th.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA device, and torch sees none here; nothing was measured", file=sys.stderr)
+        return 3
+    return 0 if run(options, started + options.budget_seconds - _RESERVE) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

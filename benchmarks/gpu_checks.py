@@ -1,0 +1,330 @@
+"""
+Is the engine of CUDA graphs right? Against the reference engine on the CPU, on the same rollouts and minibatches.
+
+Each check returns errors beside what they may be. They run on any device; on a CPU the graphs are plain calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.utils import ConstantSchedule
+
+from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
+from sb3_ppo_from_scratch.advantages import normalize_advantages
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.engines import Engine, UpdateConfig
+from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
+from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.losses import ppo_loss
+
+__all__ = ["CHECKS", "Check", "count_waits", "exact_products", "run_checks"]
+
+
+class Check(NamedTuple):
+    """An error, and what it may be."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Not if the error is NaN."""
+        return self.error <= self.tolerance
+
+
+_VECTOR, _FRAMES = spaces.Box(-1.0, 1.0, (3,)), spaces.Box(0, 255, (4, 84, 84), np.uint8)
+_KINDS: dict[str, tuple[type[ActorCriticPolicy], spaces.Box, spaces.Space]] = {
+    "MlpPolicy, Discrete": (ActorCriticPolicy, _VECTOR, spaces.Discrete(4)),
+    "MlpPolicy, Box": (ActorCriticPolicy, _VECTOR, spaces.Box(-1.0, 1.0, (2,))),
+    "MlpPolicy, MultiDiscrete": (ActorCriticPolicy, _VECTOR, spaces.MultiDiscrete([2, 3])),
+    "MlpPolicy, MultiBinary": (ActorCriticPolicy, _VECTOR, spaces.MultiBinary(3)),
+    "CnnPolicy": (ActorCriticCnnPolicy, _FRAMES, spaces.Discrete(4)),
+}
+_N_STEPS, _N_ENVS = 16, 8
+# Relative to the norm of what is compared. Sums in another order differ in the last bits of float32; Adam divides gradients by
+# their own size, which makes small ones' errors large, and one update starts from where the last one led: on a CPU an error of
+# 1e-7 in the first weights of the CnnPolicy grows to 2e-5 in the first update, and 8e-3 in the third. bfloat16 has 8 bits.
+_GRADIENT = {"fp32": 1e-4, "bf16": 0.3}
+_FIRST_UPDATE, _SMALL_UPDATES = {"fp32": 1e-3, "bf16": 0.6}, 1e-3
+_CNN_UPDATES = {"fp32": 5e-2, "bf16": 0.6}
+
+
+# ---------------------------------------------------------------------- material
+
+
+def make_policy(kind: str, device: th.device) -> ActorCriticPolicy:
+    """The same weights on every device."""
+    policy, observations, actions = _KINDS[kind]
+    th.manual_seed(5)
+    return policy(observations, actions, ConstantSchedule(1e-3)).to(device)
+
+
+def make_buffers(kind: str, device: th.device, share_valid: float, seed: int) -> tuple[Any, Any]:
+    """The same rollout on the CPU and on ``device``, made by the reference engine."""
+    policy, rng = make_policy(kind, th.device("cpu")), np.random.default_rng(seed)
+    arguments = (_N_STEPS, policy.observation_space, policy.action_space)
+    buffers = (
+        ScratchRolloutBuffer(*arguments, "cpu", n_envs=_N_ENVS),
+        DeviceRolloutBuffer(*arguments, device, n_envs=_N_ENVS),
+    )
+    fill(buffers, policy, rng, share_valid)
+    return buffers
+
+
+def fill(
+    buffers: tuple[ScratchRolloutBuffer, ...], policy: ActorCriticPolicy, rng: np.random.Generator, share_valid: float
+) -> None:
+    """A rollout of random observations and rewards, with what ``policy``, on the CPU, says of them."""
+    space, engine = policy.observation_space, TorchEngine(policy)
+    space.seed(int(rng.integers(1000)))
+    for buffer in buffers:
+        buffer.reset()
+    for _ in range(_N_STEPS):
+        obs = np.stack([space.sample() for _ in range(_N_ENVS)])
+        step = engine.act(th.as_tensor(obs))
+        reward, start, valid = rng.normal(size=_N_ENVS), rng.random(_N_ENVS) < 0.1, rng.random(_N_ENVS) < share_valid
+        for buffer in buffers:
+            buffer.add(obs, step.actions, reward, start, step.values, step.log_probs, step.dist_params, valid)
+    for buffer in buffers:
+        buffer.compute_returns_and_advantage(th.ones(_N_ENVS), np.zeros(_N_ENVS, bool))
+
+
+def config(**changes: Any) -> UpdateConfig:
+    """An update of two epochs with truncated last minibatches."""
+    values: dict[str, Any] = {
+        "batch_size": 48,
+        "n_epochs": 2,
+        "clip_range": 0.1,
+        "clip_range_vf": None,
+        "normalize_advantage": True,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "max_grad_norm": 0.5,
+        "target_kl": None,
+    }
+    return UpdateConfig(**{**values, **changes})
+
+
+def relative(actual: th.Tensor, expected: th.Tensor) -> float:
+    """The norm of the difference, relative to that of what is expected."""
+    expected = expected.detach().double().cpu()
+    return ((actual.detach().double().cpu() - expected).norm() / expected.norm()).item()
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TensorFloat-32, which cuDNN uses by default and which has 10 bits; off CUDA nothing changes."""
+    switches: tuple[Any, ...] = (th.backends.cudnn, th.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+# ------------------------------------------------------------------------ checks
+
+
+def check_advantages(device: th.device) -> Iterator[Check]:
+    """Of a rollout."""
+    on_host, on_device = make_buffers("MlpPolicy, Discrete", device, 1.0, seed=1)
+    for name in ("advantages", "returns"):
+        error = relative(th.from_numpy(getattr(on_device, name)), th.from_numpy(getattr(on_host, name)))
+        yield Check(name, error, 1e-5)
+
+
+def check_gradients(device: th.device) -> Iterator[Check]:
+    """Of a minibatch of which some rows do not count, against autograd in float64 on the CPU."""
+    for kind in _KINDS:
+        for precision in ("fp32", "bf16") if kind == "CnnPolicy" else ("fp32",):
+            on_host, on_device = make_buffers(kind, device, 1.0, seed=2)
+            policy, options = make_policy(kind, device), config(n_epochs=1, max_grad_norm=1e9, clip_range_vf=0.3)
+            learner = Learner(policy, CudaGraphEngine(policy, precision)._heads, on_device, options)
+            rows = np.random.RandomState(0).permutation(_N_STEPS * _N_ENVS)[:33]
+            learner._upload(np.array([[*rows, *[rows[0]] * 15, 33]]), options)
+            learner.stopped.fill_(True)  # measure, but take no step
+            learner.step()
+            expected = exact_gradient(kind, on_host.dataset().take(th.from_numpy(rows)), options)
+            yield Check(f"gradient, {kind}, {precision}", relative(learner.gradient, expected), _GRADIENT[precision])
+
+
+def exact_gradient(kind: str, batch: Any, options: UpdateConfig) -> th.Tensor:
+    """In float64, flat, from :func:`ppo_loss` and autograd."""
+    policy = make_policy(kind, th.device("cpu")).double()
+    obs = batch.observations.double() / (255.0 if kind == "CnnPolicy" else 1.0)
+    extractor: Any = policy.features_extractor
+    latent_pi, latent_vf = policy.mlp_extractor(extractor(obs))
+    distribution = policy._get_action_dist_from_latent(latent_pi)
+    discrete = isinstance(policy.action_space, spaces.Discrete)
+    actions = batch.actions.long().flatten() if discrete else batch.actions.double()
+    loss = ppo_loss(
+        policy.value_net(latent_vf).flatten(),
+        distribution.log_prob(actions),
+        distribution.entropy(),
+        advantages=normalize_advantages(batch.advantages.double()),
+        returns=batch.returns.double(),
+        old_values=batch.old_values.double(),
+        old_log_prob=batch.old_log_prob.double(),
+        clip_range=options.clip_range,
+        clip_range_vf=options.clip_range_vf,
+        ent_coef=options.ent_coef,
+        vf_coef=options.vf_coef,
+    )
+    return th.cat([gradient.flatten() for gradient in th.autograd.grad(loss.total, list(policy.parameters()))])
+
+
+def check_updates(device: th.device) -> Iterator[Check]:
+    """Three updates, with other rows left out and other coefficients each time, against the reference engine on the CPU."""
+    for kind in _KINDS:
+        for precision in ("fp32", "bf16") if kind == "CnnPolicy" else ("fp32",):
+            on_host, on_device = make_buffers(kind, device, 1.0, seed=3)
+            reference = TorchEngine(make_policy(kind, th.device("cpu")))
+            expected = parameters_over_updates(kind, reference, on_host)
+            actual = parameters_over_updates(kind, CudaGraphEngine(make_policy(kind, device), precision), on_device)
+            start = actual[0]
+            tolerance = _CNN_UPDATES[precision] if kind == "CnnPolicy" else _SMALL_UPDATES
+            for number, what, bound in ((1, "first update", _FIRST_UPDATE[precision]), (3, "three updates", tolerance)):
+                error = relative(actual[number] - start, expected[number] - start)
+                yield Check(f"{what}, {kind}, {precision}", error, bound)
+
+
+def parameters_over_updates(kind: str, engine: Engine, buffer: ScratchRolloutBuffer) -> list[th.Tensor]:
+    """Before the first of three updates, and after each; flat."""
+    parameters = [flat_parameters(engine.policy)]
+    np.random.seed(11)
+    for index, options in enumerate((config(), config(ent_coef=0.1), config(clip_range=0.02, target_kl=1.0))):
+        fill((buffer,), make_policy(kind, th.device("cpu")), np.random.default_rng(index), 1.0 - 0.2 * index)
+        engine.policy.optimizer.param_groups[0]["lr"] = 1e-3 / (index + 1)
+        engine.update(buffer, options)
+        parameters.append(flat_parameters(engine.policy))
+    return parameters
+
+
+def flat_parameters(policy: ActorCriticPolicy) -> th.Tensor:
+    """A copy on the CPU."""
+    return th.cat([parameter.detach().flatten().cpu() for parameter in policy.parameters()])
+
+
+def check_acting(device: th.device) -> Iterator[Check]:
+    """Values and log-probabilities against the policy on the CPU; actions as frequent as they should be, and new each time."""
+    for kind, (_, space, _) in _KINDS.items():
+        policy, engine = make_policy(kind, th.device("cpu")), CudaGraphEngine(make_policy(kind, device))
+        obs = th.as_tensor(np.stack([space.sample() for _ in range(_N_ENVS)]))
+        for _ in range(3):  # the last are replays
+            step = engine.act(obs.to(device))
+        with th.no_grad():
+            actions = th.from_numpy(step.actions)
+            values, log_probs, _ = policy.evaluate_actions(obs, actions)
+        yield Check(f"values, {kind}", relative(step.values, values), 1e-4)
+        yield Check(f"log-probabilities, {kind}", relative(step.log_probs, log_probs), 1e-4)
+    policy = make_policy("MlpPolicy, Discrete", device)
+    with th.no_grad():
+        action_net: Any = policy.action_net
+        action_net.bias.copy_(th.linspace(-1, 1, 4))
+    engine, obs = CudaGraphEngine(policy), th.zeros(20_000, 3, device=device)
+    first, second = engine.act(obs), engine.act(obs)
+    shares = np.bincount(second.actions, minlength=4) / len(second.actions)
+    yield Check("shares of actions", np.abs(shares - second.dist_params[0].exp().cpu().numpy()).max().item(), 0.02)  # type: ignore[index]
+    yield Check("actions repeated by a replay", float(np.array_equal(first.actions, second.actions)), 0.0)
+
+
+def check_replays(device: th.device) -> Iterator[Check]:
+    """An update by replays against one by calls on the same device: the same kernels, so almost the same bits."""
+    for kind in _KINDS:
+        policies = []
+        for replayed in (True, False):
+            policy = make_policy(kind, device)
+            _, buffer = make_buffers(kind, device, 0.8, seed=4)
+            learner = Learner(policy, CudaGraphEngine(policy)._heads, buffer, config())
+            np.random.seed(1)
+            if not replayed:
+                learner._is_ready = True  # so that nothing is recorded
+            learner.update(config())
+            if learner._minibatch.reason is not None:
+                yield Check(f"recorded, {kind}: {learner._minibatch.reason}", 1.0, 0.0)
+            policies.append(flat_parameters(policy))
+        yield Check(f"replays against calls, {kind}", relative(policies[0], policies[1]), 1e-5)
+
+
+def check_waits(device: th.device) -> Iterator[Check]:
+    """How often the host waits for the device from an update's start to the reading of its log, and in a policy step."""
+    if device.type != "cuda":
+        return
+    for kind in _KINDS:
+        policy = make_policy(kind, device)
+        _, buffer = make_buffers(kind, device, 0.8, seed=5)
+        learner = Learner(policy, CudaGraphEngine(policy)._heads, buffer, config())
+        learner.update(config())  # records
+        yield Check(f"waits in a minibatch step, {kind}", count_waits(learner._minibatch), 0)
+        yield Check(f"waits in an update, {kind}", count_waits(partial(learner.update, config())), 1)
+
+
+def count_waits(function: Callable[[], object]) -> int:
+    """How often ``function`` makes the host wait, as far as torch reports it: not where it waits for an event."""
+    before = th.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        th.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            th.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def check_training(device: th.device) -> Iterator[Check]:
+    """A whole run learns: CartPole's episodes get longer."""
+    if device.type != "cuda":
+        return  # on a CPU the engine does not serve; its tests make it
+    env = make_vec_env("CartPole-v1", 8, seed=1)
+    model = ScratchPPO("MlpPolicy", env, n_steps=64, batch_size=128, seed=1, device=device, engine="cudagraph")
+    model.learn(40_000)
+    lengths = [episode["l"] for episode in model.ep_info_buffer]  # type: ignore[union-attr]  # learn has made it
+    yield Check("100 steps per CartPole episode, over those reached", 100.0 / float(np.mean(lengths)), 1.0)
+
+
+CHECKS: dict[str, Callable[[th.device], Iterator[Check]]] = {
+    "advantages": check_advantages,
+    "gradients": check_gradients,
+    "updates": check_updates,
+    "acting": check_acting,
+    "replays": check_replays,
+    "waits": check_waits,
+    "training": check_training,
+}
+
+
+def run_checks(device: th.device) -> list[Check]:
+    """
+    All of them; one that raises has failed, and the others still run.
+
+    :param device: of the engine of CUDA graphs
+    """
+    results = []
+    with exact_products():
+        for name, check in CHECKS.items():
+            try:
+                for result in check(device):
+                    print(
+                        f"{'ok    ' if result.passed else 'FAILED'} {result.name}: {result.error:.2g} <= {result.tolerance:g}"
+                    )
+                    results.append(result)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is the result
+                print(f"FAILED {name}: {type(error).__name__}: {error}")
+                results.append(Check(f"{name}: {type(error).__name__}: {error}", float("nan"), 0.0))
+    return results

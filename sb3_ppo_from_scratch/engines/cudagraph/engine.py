@@ -1,0 +1,128 @@
+"""The engine of one GPU; see the package's description."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+from sb3_ppo_from_scratch.buffer import is_ours
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.engines.base import PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.cnn_engine import is_as_built, nature_features
+from sb3_ppo_from_scratch.engines.cudagraph import support
+from sb3_ppo_from_scratch.engines.cudagraph.acting import Player
+from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
+from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.stats import UpdateStats
+
+__all__ = ["CudaGraphEngine"]
+
+
+class CudaGraphEngine(TorchEngine):
+    """
+    SB3's policies and ``SharedMlpPolicy`` on a CUDA device, with Adam or AdamW, without gSDE.
+
+    Equal to the reference up to rounding. A ``NatureCNN`` gets channels-last frames; with ``precision="bf16"`` it multiplies
+    bfloat16 numbers, while its parameters, the heads, the loss and the optimizer remain float32.
+    """
+
+    name = "cudagraph"
+    batched_bootstrap = True
+    precisions = ("fp32", "bf16")
+
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+        super().__init__(policy, precision)
+        self._reads_frames = _has_nature(policy)
+        self._divisor = 255.0 if policy.normalize_images and is_image_space(policy.observation_space) else 1.0
+        self._player: Player | None = None
+        self._learner: Learner | None = None
+        self._addresses: list[int] = []
+        self._has_warned = False
+
+    @classmethod
+    def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
+        """See :mod:`sb3_ppo_from_scratch.engines.cudagraph.support`."""
+        return support.device_reason(policy) or support.unsupported_reason(policy)
+
+    @classmethod
+    def precision_reason(cls, policy: ActorCriticPolicy, precision: str) -> str | None:
+        """Only the products of a ``NatureCNN`` are large enough for bfloat16 to pay."""
+        if precision == "bf16" and not _has_nature(policy):
+            return "precision='bf16' is for CnnPolicy with its NatureCNN shared by actor and critic"
+        return super().precision_reason(policy, precision)
+
+    def begin_rollout(self) -> None:
+        """See :meth:`Engine.begin_rollout`: a graph holds the addresses of the parameters."""
+        super().begin_rollout()
+        addresses = [parameter.data_ptr() for parameter in self.policy.parameters()]
+        if addresses != self._addresses:
+            self._player, self._addresses = None, addresses
+
+    def act(self, obs: PyTorchObs) -> PolicyStep:
+        """See :meth:`Engine.act`. Values and the rest stay on the device."""
+        if self._player is None or not self._player.fits(obs):
+            self._player = Player(self._heads, obs, self.policy.action_space)
+        return self._player.act(obs)
+
+    @th.no_grad()
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """See :meth:`Engine.predict_values`; called with any number of observations, and so without a graph."""
+        return self.policy.value_net(self._latents(obs)[1])
+
+    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+        """See :meth:`Engine.update`."""
+        if not (is_ours(buffer) and isinstance(buffer, DeviceRolloutBuffer)):
+            self._warn(f"updates from a {type(buffer).__name__} are the reference engine's; DeviceRolloutBuffer is faster")
+            return super().update(buffer, config)
+        if self._learner is None or self._learner.key != Learner.key_of(self.policy, buffer, config):
+            self._learner = None
+            gc.collect()  # it holds itself in circles, and a graph's memory is large
+            self._learner = Learner(self.policy, self._heads, buffer, config)
+        return self._learner.update(config)
+
+    def _warn(self, message: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(message, stacklevel=4)
+
+    # ------------------------------------------------------------------ networks
+
+    def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        values, distribution = self._heads(obs)
+        actions = distribution.get_actions()
+        return actions.reshape(-1, *self.policy.action_space.shape), values, distribution.log_prob(actions)  # type: ignore[misc]  # no Dict
+
+    def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        values, distribution = self._heads(obs)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def _heads(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
+        """Values ``[batch_size, 1]`` and the distribution of the actions."""
+        latent_pi, latent_vf = self._latents(obs)
+        return self.policy.value_net(latent_vf), self.policy._get_action_dist_from_latent(latent_pi)
+
+    def _latents(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """What the policy head reads, and what the value head reads."""
+        policy = self.policy
+        if self._reads_frames:
+            assert isinstance(obs, th.Tensor)  # a NatureCNN's are
+            dtype = next(policy.parameters()).dtype
+            frames = obs.to(th.bfloat16 if self.precision == "bf16" else dtype, memory_format=th.channels_last)
+            features = nature_features(policy.features_extractor, frames, self._divisor).to(dtype)  # type: ignore[arg-type]
+            return policy.mlp_extractor(features)
+        features = policy.extract_features(obs)  # type: ignore[assignment]  # one, or one for each
+        if policy.share_features_extractor:
+            return policy.mlp_extractor(features)
+        return policy.mlp_extractor.forward_actor(features[0]), policy.mlp_extractor.forward_critic(features[1])
+
+
+def _has_nature(policy: ActorCriticPolicy) -> bool:
+    """Whether the features are those of one ``NatureCNN`` as SB3 builds it."""
+    return policy.share_features_extractor and is_as_built(policy.features_extractor)

@@ -1,0 +1,287 @@
+"""
+The minibatch step as a function over static tensors, and the update that calls it again and again.
+
+Before an update the host uploads a *plan*, the rows of every minibatch of every epoch, and the coefficients. Then it only
+replays: a step counts itself, takes its rows from the plan, and writes what it measured into a log. What would need a decision
+of the host is decided on the device: an early stop, or a gradient that is not finite, turns steps into measurements. The log
+is read at the end, and is the one thing that the host waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.cuda_graph import Captured
+from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.engines.base import UpdateConfig
+from sb3_ppo_from_scratch.engines.cudagraph.acting import Heads
+from sb3_ppo_from_scratch.engines.cudagraph.padding import mean_of_rows, normalize_rows, padded_ppo_loss
+from sb3_ppo_from_scratch.guards import accept
+from sb3_ppo_from_scratch.losses import PPOLoss
+from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.transfer import Upload
+
+__all__ = ["Learner", "draw_plan", "read_log"]
+
+_COEFFICIENTS = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm", "kl_limit", "raises")
+_MEASURED = (*PPOLoss._fields, "grad_norm", "kl", "stepped")
+"""Columns of the log, one row per minibatch."""
+
+
+def draw_plan(rows: np.ndarray, width: int, n_epochs: int) -> tuple[np.ndarray, list[Any]]:
+    """
+    Every minibatch of an update, drawn as :meth:`RolloutData.minibatches` draws them, from NumPy's global generator.
+
+    :param rows: ``[B]``, numbers of the rows to learn from
+    :param width: rows per minibatch
+    :param n_epochs: passes over all of them
+    :return: ``[n_epochs * ceil(B / width), width + 1]``, int64: per minibatch its rows, padded with its first one's like, and
+        last how many count; and the generator's states after each epoch's draw
+    """
+    per_epoch = -(-len(rows) // width)
+    plan = np.empty((n_epochs, per_epoch, width + 1), np.int64)
+    states = []
+    for epoch in plan:
+        order = rows[np.random.permutation(len(rows))]
+        states.append(np.random.get_state())
+        padding = np.full(per_epoch * width - len(rows), order[0])
+        epoch[:, :-1] = np.concatenate([order, padding]).reshape(per_epoch, width)
+        epoch[:, -1] = width
+        epoch[-1, -1] = width - len(padding)
+    return plan.reshape(-1, width + 1), states
+
+
+def read_log(log: np.ndarray, per_epoch: int, config: UpdateConfig) -> UpdateStats:
+    """
+    What the reference engine would have noted of the same minibatches, stopping where it would have stopped.
+
+    :param log: ``[n_minibatches, len(_MEASURED)]``, float32
+    :param per_epoch: minibatches per epoch
+    :param config: the update's
+    :raises NonFiniteError: with ``nan_policy="raise"``, at the first loss or gradient that is not finite
+    """
+    stats, kls = UpdateStats(), list[np.float32]()
+    for first in range(0, len(log), per_epoch):
+        stats.begin_epoch()
+        kls = []
+        for row in log[first : first + per_epoch]:
+            loss, (norm, kl, _) = PPOLoss(*row[:6]), row[6:]
+            if not accept("loss", float(loss.total), config.nan_policy, stats):
+                continue
+            kls.append(kl)
+            if config.target_kl is not None and loss.approx_kl > np.float32(1.5 * config.target_kl):
+                stats.stopped_early = True
+                stats.add(loss)
+                break
+            if accept("gradient", float(norm), config.nan_policy, stats):
+                stats.add(loss, norm)
+        if stats.stopped_early:
+            break
+    mean = np.mean(kls) if kls else np.nan
+    stats.kl = None if np.isnan(mean) else float(mean)
+    return stats
+
+
+class Learner:
+    """
+    Updates a policy on the rollouts in one buffer.
+
+    :param policy: its parameters and its optimizer's moments are changed in place; its optimizer is an Adam
+    :param heads: the policy's networks
+    :param buffer: holds every rollout
+    :param config: for the sizes, and for what is there at all; coefficients may change from update to update
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, heads: Heads, buffer: DeviceRolloutBuffer, config: UpdateConfig):
+        self.policy, self.heads, self.buffer = policy, heads, buffer
+        self.normalizes, self.clips_values = config.normalize_advantage, config.clip_range_vf is not None
+        self.data = buffer.rows()
+        self.parameters: list[th.Tensor] = list(policy.parameters())
+        self.key = self.key_of(policy, buffer, config)
+        device, dtype = self.parameters[0].device, self.parameters[0].dtype
+        self.width = min(config.batch_size, self.data.size)
+        capacity = config.n_epochs * -(-self.data.size // self.width)
+        self.plan = Upload(np.zeros((capacity, self.width + 1), np.int64), device)
+        numbers = np.zeros(len(_COEFFICIENTS) + len(self.parameters), th.empty(0, dtype=dtype).numpy().dtype)
+        self.numbers = Upload(numbers, device)
+        coefficients, self.steps = self.numbers.tensor.split([len(_COEFFICIENTS), len(self.parameters)])
+        self.coefficients = dict(zip(_COEFFICIENTS, coefficients.unbind(), strict=True))
+        self.index = th.zeros(1, dtype=th.int64, device=device)
+        self.stopped = th.zeros((), dtype=th.bool, device=device)
+        self.log = th.zeros((capacity, len(_MEASURED)), device=device)
+        self.positions = th.arange(self.width, device=device)
+        # one vector, which is what several GPUs would have to add up
+        self.gradient = th.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=device)
+        parts = zip(self.gradient.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
+        self.gradients = [part.view_as(parameter) for part, parameter in parts]
+        self._minibatch = Captured(self.step, device)
+        self._is_ready = False
+
+    @staticmethod
+    def key_of(policy: ActorCriticPolicy, buffer: DeviceRolloutBuffer, config: UpdateConfig) -> tuple[Any, ...]:
+        """Everything that a graph of :meth:`step` holds by value or by address. With another key it takes another learner."""
+        group = policy.optimizer.param_groups[0]
+        settings = [group.get(name) for name in (*_ADAM_SETTINGS, "decoupled_weight_decay")]
+        tensors = [*policy.parameters(), *(moment for state in _adam_states(policy) for moment in _moments(state))]
+        dist_params = buffer.on_device["dist_params"]
+        structure = (config.batch_size, config.n_epochs, config.normalize_advantage, config.clip_range_vf is None)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return id(buffer), dist_params is None, structure, tuple(settings), tuple(addresses)
+
+    # ------------------------------------------------------------- one minibatch
+
+    @th.enable_grad()
+    def step(self) -> None:
+        """The part that a CUDA graph holds: gather, gradient, clip, Adam, log. It takes its own number from :attr:`index`."""
+        plan = self.plan.tensor.index_select(0, self.index)[0]
+        batch = self.data.take(plan[:-1], channels_last=True)
+        with UncheckedDistributions():
+            loss, kl = self._loss(batch, plan[-1])
+        gradients = th.autograd.grad(loss.total, self.parameters)
+        with th.no_grad():
+            th.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
+            # as torch's clip_grad_norm_ takes it; of the vector at once float32 would lose a digit more
+            norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self.gradients)))
+            self.gradient.mul_(th.clamp(self.coefficients["max_grad_norm"] / (norm + 1e-6), max=1.0))
+            takes_step = self._decide(loss, norm)
+            self._adam(takes_step)
+            row = [part.detach().float() for part in (*loss, norm, kl, takes_step)]
+            self.log.index_copy_(0, self.index, th.stack(row)[None])
+            self.index.add_(1).remainder_(len(self.log))  # a rehearsal must not lead out of the plan
+
+    def _loss(self, batch: RolloutData, n_rows: th.Tensor) -> tuple[PPOLoss, th.Tensor]:
+        """The loss, and the exact KL between the behaviour policy and the one now (NaN where the former is not known)."""
+        coefficients = {name: self.coefficients[name] for name in ("clip_range", "ent_coef", "vf_coef")}
+        coefficients["clip_range_vf"] = self.coefficients["clip_range_vf"] if self.clips_values else None
+        actions = batch.actions
+        if isinstance(self.policy.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, distribution = self.heads(batch.observations)
+        is_row, n_rows = self.positions < n_rows, n_rows.to(values.dtype)
+        advantages = batch.advantages.to(values.dtype)
+        loss = padded_ppo_loss(
+            values.flatten(),
+            distribution.log_prob(actions),
+            distribution.entropy(),
+            is_row,
+            n_rows,
+            advantages=normalize_rows(advantages, is_row, n_rows) if self.normalizes else advantages,
+            returns=batch.returns.to(values.dtype),
+            old_values=batch.old_values.to(values.dtype),
+            old_log_prob=batch.old_log_prob.to(values.dtype),
+            **coefficients,
+        )
+        with th.no_grad():
+            new = distribution_parameters(distribution)
+            if batch.dist_params is None or new is None:
+                return loss, th.full_like(loss.total, th.nan)
+            return loss, mean_of_rows(exact_kl(distribution, batch.dist_params, new), is_row, n_rows)
+
+    def _decide(self, loss: PPOLoss, norm: th.Tensor) -> th.Tensor:
+        """Whether to step along this gradient (scalar, bool); what stops the update stops it for all later minibatches."""
+        self.stopped.logical_or_(th.isfinite(loss.total) & (loss.approx_kl > self.coefficients["kl_limit"]))
+        is_finite = th.isfinite(loss.total + norm)
+        takes_step = is_finite & ~self.stopped
+        self.stopped.logical_or_(~is_finite & (self.coefficients["raises"] > 0))
+        return takes_step
+
+    def _adam(self, takes_step: th.Tensor) -> None:
+        """Torch's fused Adam, whose way to leave out a step is made for gradients that overflowed."""
+        group = self.policy.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        self.steps.add_(takes_step)
+        states = _adam_states(self.policy)
+        update = th._fused_adamw_ if group.get("decoupled_weight_decay", False) else th._fused_adam_
+        update(
+            self.parameters,
+            self.gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states if group["amsgrad"]],
+            list(self.steps.unbind()),
+            lr=self.coefficients["learning_rate"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            grad_scale=None,
+            found_inf=(~takes_step).float(),
+        )
+
+    # ---------------------------------------------------------------- the update
+
+    def update(self, config: UpdateConfig) -> UpdateStats:
+        """
+        Several epochs over the rollout in the buffer. Between its first line and the reading of the log nobody waits.
+
+        :param config: with the same :meth:`key_of` as the constructor's
+        :raises NonFiniteError: see :func:`read_log`; the policy is then as it was before that minibatch
+        """
+        rows = self.buffer.transitions()
+        plan, states = draw_plan(np.arange(self.data.size) if rows is None else rows, self.width, config.n_epochs)
+        self._upload(plan, config)
+        if not self._is_ready:
+            self.stopped.fill_(True)  # so that no rehearsal changes the policy
+            self._minibatch.prepare()
+            self._is_ready = True
+        self.index.zero_()
+        self.stopped.zero_()
+        for _ in range(len(plan)):
+            self._minibatch()
+        log = self.log[: len(plan)].cpu().numpy()
+        self._write_back(int(log[:, -1].sum()))
+        stats = read_log(log, len(plan) // config.n_epochs, config)
+        np.random.set_state(states[stats.epochs - 1])  # as if the epochs after an early stop had never been drawn
+        return stats
+
+    def _upload(self, plan: np.ndarray, config: UpdateConfig) -> None:
+        whole = np.zeros(tuple(self.plan.tensor.shape), np.int64)  # with fewer transitions there are fewer minibatches
+        whole[:, -1] = 1  # which a rehearsal may see
+        whole[: len(plan)] = plan
+        self.plan(whole)
+        coefficients = {
+            **vars(config),
+            "learning_rate": self.policy.optimizer.param_groups[0]["lr"],
+            "clip_range_vf": config.clip_range_vf or 0.0,
+            "kl_limit": np.inf if config.target_kl is None else 1.5 * config.target_kl,
+            "raises": config.nan_policy == "raise",
+        }
+        steps = [float(state["step"]) for state in _adam_states(self.policy)]
+        self.numbers(np.array([*(float(coefficients[name]) for name in _COEFFICIENTS), *steps]))
+
+    def _write_back(self, n_steps: int) -> None:
+        """Leave the optimizer as torch would: its count of steps, no state before the first one, and gradients."""
+        for parameter, gradient, state in zip(self.parameters, self.gradients, _adam_states(self.policy), strict=True):
+            parameter.grad = gradient
+            state["step"] += n_steps
+            if n_steps == 0 and state["step"] == 0:
+                del self.policy.optimizer.state[parameter]
+
+
+_ADAM_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+
+def _adam_states(policy: ActorCriticPolicy) -> list[dict[str, th.Tensor]]:
+    """Adam's state of each parameter, made as torch makes it where there is none yet."""
+    optimizer, group = policy.optimizer, policy.optimizer.param_groups[0]
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    for parameter in policy.parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = th.zeros((), device=parameter.device if group["fused"] else "cpu")
+            state.update({name: th.zeros_like(parameter, memory_format=th.preserve_format) for name in names})
+    return [optimizer.state[parameter] for parameter in policy.parameters()]
+
+
+def _moments(state: dict[str, th.Tensor]) -> Iterator[th.Tensor]:
+    return (value for name, value in state.items() if name != "step")
