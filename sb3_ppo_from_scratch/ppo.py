@@ -88,8 +88,8 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param max_grad_norm: 2-norm that a gradient is scaled down to, above 0
     :param use_sde: explore with generalized state-dependent noise (gSDE) instead of independent noise; Box actions only
     :param sde_sample_freq: steps between new gSDE noise matrices; -1 for one per rollout
-    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for :class:`ScratchRolloutBuffer`, or on CUDA
-        :class:`~sb3_ppo_from_scratch.device_buffer.DeviceRolloutBuffer`
+    :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for the engine's own, which is
+        :class:`ScratchRolloutBuffer`, or :class:`~sb3_ppo_from_scratch.device_buffer.DeviceRolloutBuffer` for ``"cudagraph"``
     :param rollout_buffer_kwargs: more arguments for the rollout buffer
     :param target_kl: end an update when a minibatch's approximate KL (nats) exceeds 1.5 times it, above 0; ``None`` for never
     :param stats_window_size: episodes that logged means are taken over
@@ -102,6 +102,7 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
         on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU;
         ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these
+        but the last, which has not been run on a GPU yet
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
         that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
@@ -309,7 +310,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
         if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
-            buffer_class = DeviceRolloutBuffer if self.device.type == "cuda" else ScratchRolloutBuffer
+            buffer_class = self._current_engine().buffer_class
         return buffer_class(
             self.n_steps,
             self.observation_space,

@@ -568,15 +568,17 @@ def test_trains_by_replays(on_cpu: None, how: str) -> None:
 
 
 def test_a_foreign_buffer_will_do(on_cpu: None) -> None:
-    model = ScratchPPO("MlpPolicy", make_env(), engine="cudagraph", device="cpu", **SIZES)  # a CPU's buffer is on the host
+    options: dict[str, Any] = {"rollout_buffer_class": ScratchRolloutBuffer, "device": "cpu", **SIZES}
+    model = ScratchPPO("MlpPolicy", make_env(), engine="cudagraph", **options)
     with pytest.warns(UserWarning, match="updates from a ScratchRolloutBuffer are the reference engine's"):
         model.learn(64)
     assert model._n_updates == 2 * 2
 
 
 def test_saves_what_everybody_can_load(on_cpu: None, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"rollout_buffer_class": DeviceRolloutBuffer, "device": "cpu", **SIZES}
-    model = ScratchPPO("CnnPolicy", make_env("frames"), engine="cudagraph", precision="bf16", seed=1, **options).learn(32)
+    options: dict[str, Any] = {"engine": "cudagraph", "precision": "bf16", "device": "cpu", "seed": 1, **SIZES}
+    model = ScratchPPO("CnnPolicy", make_env("frames"), **options).learn(32)
+    assert type(model.rollout_buffer) is DeviceRolloutBuffer
     model.save(tmp_path / "model")
     fresh = PPO("CnnPolicy", make_env("frames"), **SIZES)
     assert model.policy.state_dict().keys() == fresh.policy.state_dict().keys()
@@ -656,7 +658,12 @@ def test_says_what_it_cannot_serve(policy: Callable[[], ActorCriticPolicy], why:
 def test_a_cpu_has_no_graphs() -> None:
     with pytest.raises(ValueError, match=r"engine='cudagraph'.*cannot serve this model.*it needs a CUDA device, not cpu"):
         ScratchPPO("MlpPolicy", make_env(), engine="cudagraph", device="cpu")
-    assert type(make_engine("auto", make_policy())) is not CudaGraphEngine
+
+
+def test_auto_leaves_it_out(on_cpu: None) -> None:
+    """It has never been run on a GPU."""
+    assert type(make_engine("cudagraph", make_policy("two cnns"))) is CudaGraphEngine
+    assert type(make_engine("auto", make_policy("two cnns"))) is TorchEngine
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="what is asked is what happens without CUDA")
@@ -685,8 +692,8 @@ def test_bfloat16_is_for_frames(on_cpu: None) -> None:
 
 
 def test_what_becomes_unsupported_goes_to_another_engine(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines._ENGINES", {"cudagraph": CudaGraphEngine, "torch": TorchEngine})
-    model = ScratchPPO("MlpPolicy", make_env(), rollout_buffer_class=DeviceRolloutBuffer, device="cpu", **SIZES).learn(32)
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines._FOR_AUTO", {"cudagraph": CudaGraphEngine, "torch": TorchEngine})
+    model = ScratchPPO("MlpPolicy", make_env(), device="cpu", **SIZES).learn(32)
     assert type(model._engine) is CudaGraphEngine
     calls: list[int] = []
     model.policy.value_net.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))

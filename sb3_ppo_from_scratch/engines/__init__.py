@@ -25,6 +25,9 @@ _ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (NumpyEngine, ChannelsLastEngine, CudaGraphEngine, TorchEngine)
 }
 
+_FOR_AUTO = {name: engine for name, engine in _ENGINES.items() if engine is not CudaGraphEngine}
+"""``"auto"`` chooses among these: what has never run on a GPU is for those who ask for it by name."""
+
 ENGINE_NAMES = ("auto", *_ENGINES)
 PRECISIONS = ("fp32", "bf16")
 
@@ -37,7 +40,7 @@ def engine_class(name: str, policy: ActorCriticPolicy, precision: str = "fp32") 
     """
     if name not in ENGINE_NAMES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {name!r}")
-    candidates = _ENGINES if name == "auto" else {name: _ENGINES[name]}
+    candidates = _FOR_AUTO if name == "auto" else {name: _ENGINES[name]}
     reasons = []
     for each, engine in candidates.items():
         reason = engine.precision_reason(policy, precision) or engine.unsupported_reason(policy)

@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.stats import UpdateStats
 
 __all__ = ["NAN_MESSAGE", "Engine", "PolicyStep", "UpdateConfig"]
@@ -66,6 +67,8 @@ class Engine(ABC):
     name: ClassVar[str]
     batched_bootstrap: ClassVar[bool] = True
     """Whether the values behind the time limits of one step may be asked for in one call, which may round differently."""
+    buffer_class: ClassVar[type[ScratchRolloutBuffer]] = ScratchRolloutBuffer
+    """What holds the rollouts that it learns from, unless the user chooses another."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """What ``precision`` may be."""
 

@@ -35,6 +35,7 @@ class CudaGraphEngine(TorchEngine):
 
     name = "cudagraph"
     batched_bootstrap = True
+    buffer_class = DeviceRolloutBuffer
     precisions = ("fp32", "bf16")
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
