@@ -175,7 +175,8 @@ class NumpyEngine(Engine):
         """Epochs without end, each of prepared minibatches. Ours is gathered once per epoch; others hand out their own."""
         if not is_ours(buffer):
             while True:
-                yield (self._prepared(Batch.of(samples), config) for samples in buffer.get(config.batch_size))
+                samples = map(Batch.of, buffer.get(config.batch_size))  # type: ignore[arg-type]  # the same first six fields
+                yield (self._prepared(batch, config) for batch in samples)
         data = Batch.of(buffer.dataset())
         size = len(data.advantages)
         whole = self._prepared(data, config) if size <= config.batch_size else None
