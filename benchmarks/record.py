@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from threadpoolctl import threadpool_info
 
 __all__ = ["RESULTS", "ROOT", "provenance", "write_json"]
 
@@ -26,8 +25,7 @@ def provenance(module: str) -> dict[str, Any]:
     What it takes to judge a figure, or to get it again.
 
     :param module: the benchmark's name, as in ``python -m module``
-    :return: commit (``-dirty`` if tracked files differ from it, ``None`` outside a checkout), command, machine, versions,
-        and the kernels of NumPy's matrix library
+    :return: commit (``-dirty`` if tracked files differ from it, ``None`` outside a checkout), command, machine, versions
     """
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -38,13 +36,7 @@ def provenance(module: str) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy")},
         },
         "torch_threads": th.get_num_threads(),
-        "blas": [f"{blas['internal_api']} {blas['version']} {blas['architecture']}" for blas in _numpys_blas()],
     }
-
-
-def _numpys_blas() -> list[dict[str, Any]]:
-    """OpenBLAS, and the kernels that it has chosen for this CPU, or was told to by ``OPENBLAS_CORETYPE``."""
-    return [library for library in threadpool_info() if "architecture" in library]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -89,16 +89,24 @@ class Stack:
         return _Workspace(inputs, outputs, gradients, np.ones((1, batch_size), self._memory.dtype))
 
     def _cutter(self, size: int) -> Callable[[tuple[int, ...]], np.ndarray]:
-        """What cuts arrays of given shapes, of up to ``size`` numbers in all, from the one memory, which grows if need be."""
+        """
+        What cuts arrays of given shapes, of up to ``size`` numbers in all, from the one memory, which grows if need be.
+
+        Each begins a cache line, and none a whole number of pages after another: caches would keep them in the same places.
+        """
+        line, gap = 64 // self._memory.itemsize, 1088 // self._memory.itemsize
+        size += line + 3 * (len(self.layers) + 1) * (line + gap)
         if size > len(self._memory):
             self._workspace.cache_clear()
             self._memory = np.empty(size, self._memory.dtype)
-        rest = self._memory
+        aligned = self._memory[-self._memory.ctypes.data % 64 // self._memory.itemsize :]
+        start = 0
 
         def new(shape: tuple[int, ...]) -> np.ndarray:
-            nonlocal rest
-            part, rest = np.split(rest, [math.prod(shape)])
-            return part.reshape(shape)
+            nonlocal start
+            first, stop = start, start + math.prod(shape)
+            start = -(-stop // line) * line + gap
+            return aligned[first:stop].reshape(shape)
 
         return new
 
