@@ -82,7 +82,7 @@ CASES: dict[str, Case] = {
     "breakout": Case(
         "Breakout, rl-zoo3's settings",
         "BreakoutNoFrameskip-v4",
-        2_048,
+        6_144,  # six rollouts, of which the first has everybody's first calls, as a training of 1e7 steps has but once
         lambda: load_task("atari"),
         ("dummy", "ale", "envpool"),
         _LARGE,

@@ -59,7 +59,9 @@ def run(case: str, contestant: Contestant, options: argparse.Namespace, **order:
     """
     order |= {"case": case, "contestant": asdict(contestant), "scale": options.scale, "started": time.time()}
     threads = str(contestant.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    # OpenBLAS chooses its kernels itself, as it does for a user, whatever it is told on the machine that measures
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    environment = inherited | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     command = [sys.executable, "-m", "benchmarks.timed_run", json.dumps(order)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -8,7 +8,9 @@ One timed run in a process of its own, so that nobody's memory, caches or thread
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import resource
 import sys
@@ -21,12 +23,12 @@ import torch as th
 from benchmarks.cases import CASES, Case, Contestant, build, scaled
 from benchmarks.floor import environment_seconds, product_seconds
 
-__all__ = ["main", "peak_memory", "time_floor", "time_training"]
+__all__ = ["main", "peak_memory", "subprocess_memory", "time_floor", "time_training"]
 
 
 def peak_memory() -> float:
     """
-    The most memory that this process has held at once, in MiB; that of subprocesses does not count.
+    The most memory that this process has held at once, in MiB; that of its subprocesses is :func:`subprocess_memory`.
 
     Linux lets a child begin with its parent's ``ru_maxrss``, so that ``VmHWM`` is asked for where there is one.
     """
@@ -38,9 +40,34 @@ def peak_memory() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
+def subprocess_memory() -> float:
+    """
+    What the processes that this one has started, and theirs, hold now, in MiB; 0 where there is no ``/proc`` to tell.
+
+    It is their *proportional set size*: a page that n processes share counts as 1/n of a page for each.
+    """
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # processes end at any time
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()  # names may hold spaces
+            parents[int(stat.parent.name)] = int(fields[1])
+    family = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= grown
+    return sum(map(_proportional_set_size, family - {os.getpid()}))
+
+
+def _proportional_set_size(pid: int) -> float:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^Pss:\s*(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8"), re.MULTILINE)
+        return 0.0 if found is None else int(found[1]) / 1024
+    return 0.0
+
+
 def time_training(case: Case, contestant: Contestant, seed: int, started: float) -> dict[str, Any]:
     """
-    Only ``learn`` is timed; besides, how long it took from the process's start to the end of the first update.
+    Only ``learn`` is timed; besides, how long it took from the process's start to the end of the first update, and what memory
+    was held, environments in processes of their own included.
 
     :param case: what is trained
     :param contestant: by whom
@@ -60,8 +87,9 @@ def time_training(case: Case, contestant: Contestant, seed: int, started: float)
     start = time.perf_counter()
     model.learn(case.timesteps)
     seconds = time.perf_counter() - start
+    memory = peak_memory() + subprocess_memory()  # environments hold the same all the time
     model.get_env().close()  # type: ignore[union-attr]  # it has one
-    return {"seconds": seconds, "first_update_seconds": first_update[0], "peak_memory_mib": peak_memory()}
+    return {"seconds": seconds, "first_update_seconds": first_update[0], "peak_memory_mib": memory}
 
 
 def time_floor(case: Case, contestant: Contestant, seed: int) -> dict[str, Any]:

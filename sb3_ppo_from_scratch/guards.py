@@ -86,7 +86,7 @@ def check_step(observations: np.ndarray | dict[str, np.ndarray], rewards: np.nda
 
 
 def _check_envs(name: str, array: np.ndarray, step: int) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(array), axis=None):  # faster than all(), a detour
         _raise_at(name, array[np.newaxis], step, "environment")
 
 

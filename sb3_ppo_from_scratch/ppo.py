@@ -17,7 +17,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -459,7 +459,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
         engine = self._current_engine()
-        is_ours = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        keeps_dist_params = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
         engine.begin_rollout()
         self.policy.set_training_mode(False)
@@ -481,14 +482,15 @@ class ScratchPPO(OnPolicyAlgorithm):
             check_step(new_obs, rewards, n_steps)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
 
             self.num_timesteps += env.num_envs
-            callback.update_locals(locals())
+            if not unwatched:
+                callback.update_locals(locals())
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
             self._bootstrap(engine, rewards, dones, infos)
-            ours: dict[str, Any] = {"dist_params": dist_params} if is_ours else {}
+            ours: dict[str, Any] = {"dist_params": dist_params} if keeps_dist_params else {}
             if reset_rows is not None and reset_rows.any():
                 ours["valid"] = ~reset_rows
                 dones = dones | reset_rows  # what follows a reset row begins an episode
@@ -511,18 +513,16 @@ class ScratchPPO(OnPolicyAlgorithm):
         return obs_as_tensor(obs, self.device)
 
     def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
+            """``[batch_size, 1]``, or ``[1, 1]`` of one unbatched observation."""
+            return engine.predict_values(self.policy.obs_to_tensor(observations)[0])
+
         if engine.batched_bootstrap:
-            bootstrap_time_limits_at_once(rewards, dones, infos, self._values_of, self.gamma)
+            bootstrap_time_limits_at_once(
+                rewards, dones, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
+            )
         else:
-            bootstrap_time_limits(rewards, dones, infos, self._value_of, self.gamma)
-
-    def _value_of(self, observation: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
-        """Value of one unbatched observation, shape ``[1]``."""
-        return self._current_engine().predict_values(self.policy.obs_to_tensor(observation)[0])[0]
-
-    def _values_of(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """Values of a batch of observations, shape ``[batch_size]``."""
-        return self._current_engine().predict_values(self.policy.obs_to_tensor(observations)[0]).flatten().cpu().numpy()
+            bootstrap_time_limits(rewards, dones, infos, lambda final: values_of(final)[0], self.gamma)
 
     def train(self) -> None:
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""

@@ -92,6 +92,20 @@ def test_breakout(contestant: Contestant, monkeypatch: pytest.MonkeyPatch) -> No
     assert timed_run.time_floor(case, contestant, seed=0)["products"] > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells what processes share")
+def test_subprocesses_and_theirs_count_towards_memory() -> None:
+    before = timed_run.subprocess_memory()
+    hold = "import sys; held = b'x' * (100 << 20); print(flush=True); sys.stdin.read()"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    with subprocess.Popen([sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        grown = timed_run.subprocess_memory() - before
+        process.communicate()
+    assert 100 < grown < 150
+    assert timed_run.subprocess_memory() == pytest.approx(before, abs=1)
+
+
 def test_components_of_breakout(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_breakout(monkeypatch)
     timings = components.measure(CASES["breakout"], threads=1, rounds=1)

@@ -16,11 +16,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
+from torch.nn import functional as F
 
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer, engines
 from sb3_ppo_from_scratch.engines import UpdateConfig, make_engine
 from sb3_ppo_from_scratch.engines import cnn_engine as module
-from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, FrameLoader, nature_features
+from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, FrameLoader, OneDnnLinear, nature_features
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from tests.helpers import ToyEnv, train
 
@@ -109,6 +110,26 @@ def test_features_and_their_gradients_in_double_precision(divisor: float) -> Non
     for (name, parameter), gradient in zip(extractor.named_parameters(), gradients, strict=True):
         assert parameter.grad.dtype == th.float64
         assert_close(parameter.grad, gradient, 1e-12, name)
+
+
+@pytest.mark.skipif(not OneDnnLinear.is_available(), reason="this build of torch has no such product")
+@pytest.mark.parametrize("batch_size", [1, 2, 30])
+def test_onednn_linear_is_torchs(batch_size: int) -> None:
+    x, weight, bias = inputs = [th.randn(*shape, requires_grad=True) for shape in ((batch_size, 40), (7, 40), (7,))]
+    expected, actual = F.linear(x, weight, bias), OneDnnLinear.apply(x, weight, bias)
+    assert_close(actual, expected, 1e-6, "output")
+    upstream = th.randn(batch_size, 7)
+    gradients = [th.autograd.grad(output, inputs, upstream) for output in (actual, expected)]
+    for name, ours, theirs in zip(("x", "weight", "bias"), *gradients, strict=True):
+        assert ours.is_contiguous()
+        assert_close(ours, theirs, 1e-6, name)
+
+
+def test_without_onednns_product_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor, frames = NatureCNN(FRAMES, features_dim=16), th.rand(3, 2, 36, 36)
+    with_it = nature_features(extractor, frames)
+    monkeypatch.setattr(OneDnnLinear, "is_available", lambda: False)
+    assert_close(nature_features(extractor, frames), with_it, 1e-5, "features")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

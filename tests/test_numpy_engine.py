@@ -100,8 +100,9 @@ def autograd(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> t
 def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, list[th.Tensor]]:
     engine = NumpyEngine(policy)
     engine._flat.gradient[:] = np.nan  # whatever is not filled in shows
-    loss, by, distribution, actions = engine._forward(batch, config)
-    engine._network.backward(engine._head.gradient(distribution, actions, by.log_prob, by.entropy), by.values)
+    batch = engine._prepared(batch, config)
+    loss, by, distribution = engine._forward(batch, config)
+    engine._network.backward(engine._head.gradient(distribution, batch.actions, by.log_prob, by.entropy), by.values)
     engine._flat.publish_gradient()
     return loss, [parameter.grad for parameter in policy.parameters()]
 

@@ -1,14 +1,17 @@
 """
 ``CnnPolicy`` on CPU: the arithmetic of the reference engine, on frames in the order in memory that convolutions like best.
 
-Three things make it faster. Frames stay channels-last bytes from the rollout buffer to the first convolution, so that nothing
+Four things make it faster. Frames stay channels-last bytes from the rollout buffer to the first convolution, so that nothing
 is ever transposed. The two arrays that a minibatch's frames pass through are allocated once per update, for fresh memory costs
-more than what is written into it. And Adam takes one pass (:class:`sb3_ppo_from_scratch.optimizer.FusedStep`).
+more than what is written into it. The linear layer's products are oneDNN's, as the convolutions' are (:class:`OneDnnLinear`).
+And Adam takes one pass (:class:`sb3_ppo_from_scratch.optimizer.FusedStep`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -18,6 +21,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
@@ -25,7 +29,7 @@ from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
 
-__all__ = ["ChannelsLastEngine", "has_bf16_instructions", "is_as_built", "nature_features"]
+__all__ = ["ChannelsLastEngine", "OneDnnLinear", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
 _CONVOLUTIONS = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
@@ -52,7 +56,53 @@ def nature_features(extractor: NatureCNN, frames: th.Tensor, divisor: float = 1.
             x = F.conv2d(x, weight.to(x.dtype), layer.bias.to(x.dtype), layer.stride).relu_()
     linear = extractor.linear[0]
     assert isinstance(linear, nn.Linear)
-    return F.linear(x.flatten(1), linear.weight.to(x.dtype), linear.bias.to(x.dtype)).relu_()
+    product = OneDnnLinear.apply if OneDnnLinear.serves(x) else F.linear
+    return product(x.flatten(1), linear.weight.to(x.dtype), linear.bias.to(x.dtype)).relu_()
+
+
+class OneDnnLinear(th.autograd.Function):
+    r"""
+    ``F.linear`` in float32 with oneDNN's products: :math:`y = x W^T + b`; with the gradient g by y,
+    :math:`\partial x = g W,\; \partial W = g^T x,\; \partial b = \sum g`.
+
+    ``F.linear`` itself takes MKL's products, which do without AVX-512 on CPUs of other makers than Intel, and then take twice
+    as long. In bfloat16 it takes oneDNN's.
+    """
+
+    @staticmethod
+    @cache
+    def is_available() -> bool:
+        """Whether this build of torch has oneDNN's product; its compiler uses it, but it has no public name."""
+        return th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")
+
+    @classmethod
+    def serves(cls, x: th.Tensor) -> bool:
+        """Whether products of ``x`` are to be oneDNN's."""
+        return x.dtype is th.float32 and x.device.type == "cpu" and cls.is_available()
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        """
+        :param x: ``[batch_size, n_in]``
+        :param weight: ``[n_out, n_in]``
+        :param bias: ``[n_out]``
+        :return: ``[batch_size, n_out]``
+        """
+        ctx.save_for_backward(x, weight)
+        return _times_transposed(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """The gradients by the three inputs, from that by the output."""
+        x, weight = ctx.saved_tensors
+        by_weight = _times_transposed(gradient.t().contiguous(), x.t().contiguous())
+        return _times_transposed(gradient, weight.t()), by_weight, gradient.sum(0)
+
+
+def _times_transposed(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    """``left @ right.T + bias``"""
+    return th.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
 def has_bf16_instructions() -> bool:

@@ -6,7 +6,8 @@ The fast engine for small networks on a CPU, one file per idea.
 
 Half of a minibatch of 256 through two towers of 64 x 64 is matrix products. Tried and left: the towers on two threads (handing
 over takes what it saves), torch's fused Adam (calling it takes as long as the passes here), chunks that fit the first cache
-(more calls, no less time). Not tried: compilers such as Numba, whose import and first call every run would wait for.
+(more calls, no less time), oneDNN's products through torch (calling them takes what they save). Not tried: compilers
+such as Numba, whose import and first call every run would wait for.
 """
 
 from sb3_ppo_from_scratch.engines.numpy_mlp.engine import NumpyEngine

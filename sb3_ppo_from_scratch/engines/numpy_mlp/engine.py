@@ -32,7 +32,7 @@ from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, U
 from sb3_ppo_from_scratch.engines.inspection import modified_reason
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
-from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, OutputGradients, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, OutputGradients, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, Layers, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.errors import NonFiniteError
@@ -140,7 +140,7 @@ class NumpyEngine(Engine):
         stats = UpdateStats()
         # numbers overflow in silence, as in torch
         with np.errstate(all="ignore"), single_threaded(config.batch_size * self._network.largest_layer):
-            for minibatches in _epochs(buffer, config.batch_size):
+            for minibatches in self._epochs(buffer, config):
                 old_and_new = self._train_epoch(minibatches, config, stats)
                 if stats.stopped_early or stats.epochs == config.n_epochs:
                     break
@@ -155,7 +155,7 @@ class NumpyEngine(Engine):
         old_and_new = []
         stats.begin_epoch()
         for batch in minibatches:
-            loss, by, given, actions = self._forward(batch, config)
+            loss, by, given = self._forward(batch, config)
             if not accept("loss", float(loss.total), config.nan_policy, stats):
                 continue
             if batch.dist_params is not None:
@@ -164,20 +164,44 @@ class NumpyEngine(Engine):
                 stats.stopped_early = True
                 stats.add(loss)
                 break
-            self._network.backward(self._head.gradient(given, actions, by.log_prob, by.entropy), by.values)
+            self._network.backward(self._head.gradient(given, batch.actions, by.log_prob, by.entropy), by.values)
             norm = self._clip_gradient(config.max_grad_norm)
             if accept("gradient", norm, config.nan_policy, stats):
                 stats.add(loss, norm)
                 self._adam.step()
         return old_and_new
 
-    def _forward(self, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, OutputGradients, Any, np.ndarray]:
-        """The loss of a minibatch, its gradient, and what that is the gradient by: the distribution and the actions."""
-        outputs, values = self._network.forward(self._features(batch.observations))
-        given, actions = self._head.forward(outputs), self._head.encode(batch.actions)
-        log_prob, entropy = self._head.log_prob(given, actions), self._head.entropy(given)
+    def _epochs(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Iterable[Batch]]:
+        """Epochs without end, each of prepared minibatches. Ours is gathered once per epoch; others hand out their own."""
+        if not is_ours(buffer):
+            while True:
+                samples = map(Batch.of, buffer.get(config.batch_size))  # type: ignore[arg-type]  # the same first six fields
+                yield (self._prepared(batch, config) for batch in samples)
+        data = Batch.of(buffer.dataset())
+        size = len(data.advantages)
+        whole = self._prepared(data, config) if size <= config.batch_size else None
+        while True:
+            order = np.random.permutation(size)
+            if whole is not None:  # its order would change nothing but rounding
+                yield [whole]
+            else:
+                yield (self._prepared(batch, config) for batch in data.take(order).cut(config.batch_size))
+
+    def _prepared(self, batch: Batch, config: UpdateConfig) -> Batch:
+        """A minibatch as :meth:`_forward` takes it: all that can be done about it without the network."""
+        return batch._replace(
+            observations=self._features(batch.observations),
+            actions=self._head.encode(batch.actions),
+            advantages=normalized(batch.advantages) if config.normalize_advantage else batch.advantages,
+        )
+
+    def _forward(self, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, OutputGradients, Any]:
+        """The loss of a minibatch, its gradient, and the distribution that that is the gradient by."""
+        outputs, values = self._network.forward(batch.observations)
+        given = self._head.forward(outputs)
+        log_prob, entropy = self._head.log_prob(given, batch.actions), self._head.entropy(given)
         loss, gradients = ppo_gradient(log_prob, values, entropy, batch, config)
-        return loss, gradients, given, actions
+        return loss, gradients, given
 
     def _clip_gradient(self, max_grad_norm: float) -> float:
         """Scale the gradient down to that norm, as torch does; returns the norm before."""
@@ -187,16 +211,6 @@ class NumpyEngine(Engine):
         if scale < 1:
             gradient *= scale
         return norm
-
-
-def _epochs(buffer: RolloutBuffer, batch_size: int) -> Iterator[Iterable[Batch]]:
-    """Epochs without end, each of minibatches. Ours is gathered once per epoch; any other buffer hands out its own."""
-    if is_ours(buffer):
-        data = Batch.of(buffer.dataset())
-        while True:
-            yield data.shuffled().cut(batch_size)
-    while True:
-        yield map(Batch.of, buffer.get(batch_size))  # type: ignore[arg-type]  # SB3's samples have the same first six fields
 
 
 def layers_of(policy: ActorCriticPolicy) -> Layers:

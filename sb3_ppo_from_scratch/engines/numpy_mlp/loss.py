@@ -31,9 +31,8 @@ class Batch(NamedTuple):
         """Share the memory of ``data``, or of SB3's samples, on CPU."""
         return cls(*(None if field is None else field.numpy() for field in data))  # type: ignore[union-attr, arg-type]
 
-    def shuffled(self) -> Batch:
-        """A copy in random order, drawn as :meth:`RolloutData.minibatches` draws it."""
-        order = np.random.permutation(len(self.advantages))
+    def take(self, order: np.ndarray) -> Batch:
+        """A copy of those transitions, in that order."""
         return Batch(*(None if field is None else field.take(order, axis=0) for field in self))  # type: ignore[arg-type]
 
     def cut(self, batch_size: int) -> Iterator[Batch]:
@@ -91,8 +90,8 @@ def ppo_gradient(
     :param log_prob: ``[B]``, now
     :param values: ``[B]``, now
     :param entropy: ``[B]`` or one number, now
-    :param batch: what the rollout knows
-    :param config: coefficients, and whether to normalise the advantages
+    :param batch: what the rollout knows, advantages normalised if they are to be
+    :param config: coefficients
     :return: the loss and its parts as floats, and the gradient
     """
     size = len(values)
@@ -103,10 +102,9 @@ def ppo_gradient(
     np.greater(np.abs(kl), config.clip_range, out=outside)
     kl -= log_ratio
 
-    advantages = normalized(batch.advantages) if config.normalize_advantage else batch.advantages
-    unclipped = advantages * ratio
+    unclipped = batch.advantages * ratio
     clipped = np.minimum(np.maximum(ratio, 1 - config.clip_range), 1 + config.clip_range)
-    clipped *= advantages
+    clipped *= batch.advantages
     np.minimum(unclipped, clipped, out=policy)
     by_log_prob = unclipped * (unclipped <= clipped)
     by_log_prob *= -1 / size

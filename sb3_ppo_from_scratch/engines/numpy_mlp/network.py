@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -70,23 +72,48 @@ class Stack:
         self.groups = len(members[0]) if members else 1
         self.latent_dim = latent_dim
         self.layers = [_Layer.of(layer, flat) for layer in members]
-        self.dtype = flat.vector.dtype
-        self._workspace = lru_cache(maxsize=4)(self._allocate)
+        self._memory = np.empty(0, flat.vector.dtype)
+        self._workspace = lru_cache(maxsize=32)(self._lay_out)
 
-    def _allocate(self, batch_size: int) -> _Workspace:
+    def _lay_out(self, batch_size: int) -> _Workspace:
+        """Batch sizes vary where reset rows are left out, and fresh memory costs more than what is written into it."""
         shapes = [(self.groups, batch_size, layer.weight.shape[1]) for layer in self.layers]
-        inputs = [np.empty(shape, self.dtype) for shape in shapes]
-        outputs = [x if layer.activation.in_place else np.empty_like(x) for x, layer in zip(inputs, self.layers, strict=True)]
-        gradients = [np.empty((self.groups, batch_size, self.latent_dim), self.dtype)]
+        latent = (self.groups, batch_size, self.latent_dim)
+        new = self._cutter(3 * sum(map(math.prod, shapes)) + math.prod(latent))
+        inputs = [new(shape) for shape in shapes]
+        outputs = [x if layer.activation.in_place else new(x.shape) for x, layer in zip(inputs, self.layers, strict=True)]
+        gradients = [new(latent)]
         for index in reversed(range(1, len(shapes))):  # a layer's output has done its duty when the gradient below it comes up
             fits = shapes[index] == shapes[index - 1]
-            gradients.insert(0, outputs[index] if fits else np.empty(shapes[index - 1], self.dtype))
-        return _Workspace(inputs, outputs, gradients, np.ones((1, batch_size), self.dtype))
+            gradients.insert(0, outputs[index] if fits else new(shapes[index - 1]))
+        return _Workspace(inputs, outputs, gradients, np.ones((1, batch_size), self._memory.dtype))
+
+    def _cutter(self, size: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+        """
+        What cuts arrays of given shapes, of up to ``size`` numbers in all, from the one memory, which grows if need be.
+
+        Each begins a cache line, and none a whole number of pages after another: caches would keep them in the same places.
+        """
+        line, gap = 64 // self._memory.itemsize, 1088 // self._memory.itemsize
+        size += line + 3 * (len(self.layers) + 1) * (line + gap)
+        if size > len(self._memory):
+            self._workspace.cache_clear()
+            self._memory = np.empty(size, self._memory.dtype)
+        aligned = self._memory[-self._memory.ctypes.data % 64 // self._memory.itemsize :]
+        start = 0
+
+        def new(shape: tuple[int, ...]) -> np.ndarray:
+            nonlocal start
+            first, stop = start, start + math.prod(shape)
+            start = -(-stop // line) * line + gap
+            return aligned[first:stop].reshape(shape)
+
+        return new
 
     def forward(self, features: np.ndarray) -> np.ndarray:
         """
         :param features: ``[B, n_features]``
-        :return: ``[G, B, width]``, or without layers ``[1, B, n_features]``; overwritten by the next call with this B
+        :return: ``[G, B, width]``, or without layers ``[1, B, n_features]``; overwritten by the next call
         """
         inputs, outputs, _, _ = self._workspace(len(features))
         latent = features[None]
