@@ -24,10 +24,10 @@ HEADLINE_ENTRIES = ("CartPole-v1", "Breakout-500k", "Breakout-10M")
 """In the README's picture."""
 
 _FIGURES = {
-    "headline.png": "Return against wall-clock time on CartPole and Breakout",
+    "headline.png": "Return against the time of training on CartPole and Breakout",
     "differences.png": "Differences from SB3's PPO in units of the margin",
     "sample_efficiency.png": "Return against environment steps",
-    "wall_clock.png": "Return against wall-clock time",
+    "training_time.png": "Return against the time of training",
 }
 
 

@@ -23,6 +23,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from benchmarks import compare, report
 from benchmarks.cases import build
 from benchmarks.comparison import figures, inference, one_run, tables
+from benchmarks.comparison import records as records_module
 from benchmarks.comparison.protocol import PROTOCOL, Entry
 from benchmarks.comparison.records import load_records, read_run, record_path, write_record
 from benchmarks.record import RESULTS, ROOT
@@ -116,7 +117,7 @@ def a_run(seed: int = 0, score: float = 100.0, side: str = "sb3", **changes: Any
     """A record as ``one_run`` writes it: two evaluations of two episodes."""
     entry = "CartPole-v1"
     rows = [
-        {"timesteps": steps, "seconds": seconds, "returns": [mean - 1, mean + 1]}
+        {"timesteps": steps, "seconds": seconds, "cpu_seconds": seconds, "returns": [mean - 1, mean + 1]}
         for steps, seconds, mean in ((0, 0.0, 20.0), (100_000, 10.0 if side == "sb3" else 2.0, score))
     ]
     made = {"machine": {"cpu": "a", "cores": 2, "system": "b"}, "versions": {"torch": "2"}, "commit": "c" * 40}
@@ -308,12 +309,25 @@ def test_every_number_is_in_the_report(tmp_path: Path) -> None:
 
 
 def test_learning_curves_are_means_over_seeds() -> None:
-    curve = figures.learning_curve({0: a_run(0, 100.0), 1: a_run(1, 300.0)})
+    curve = figures.learning_curve({0: a_run(0, 100.0), 1: a_run(1, 300.0)}, "seconds")
     assert curve.steps.tolist() == [0, 100_000]
     assert curve.seconds.tolist() == [0.0, 10.0]
     assert curve.value.tolist() == [20.0, 200.0]
     assert curve.low.tolist() == [20.0, 100.0]
     assert curve.high.tolist() == [20.0, 300.0]
+
+
+def test_a_run_that_waited_for_its_core_is_not_compared_by_the_wall_clock() -> None:
+    undisturbed, waited = a_run(0, side="fast"), a_run(0)
+    assert records_module.clock({"sb3": {0: waited}, "fast": {0: undisturbed}}) == "seconds"
+    waited["evaluations"][-1]["seconds"] = 20.0  # of which it ran for 10
+    sides = {"sb3": {0: waited}, "fast": {0: undisturbed}}
+    assert records_module.clock(sides) == "cpu_seconds"
+    assert "; 5.00 times as fast, by CPU time" in tables.details("CartPole-v1", sides)
+    _figure, axes = figures._subplots(1, 1, (4, 3))
+    figures._plot_entry(axes[0, 0], "CartPole-v1", sides, "seconds")
+    assert axes[0, 0].get_xlabel() == "CPU time of training (s)"
+    assert [line.get_xdata()[-1] for line in axes[0, 0].lines[:2]] == [10.0, 2.0]
 
 
 def test_pictures_say_what_has_not_been_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.comparison.inference import difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
-from benchmarks.comparison.records import Records, Run, final_returns
+from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns
 
 __all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
 
@@ -41,13 +41,14 @@ class Curve(NamedTuple):
     high: np.ndarray
 
 
-def learning_curve(runs: dict[int, Run]) -> Curve:
+def learning_curve(runs: dict[int, Run], field: str) -> Curve:
     """
     :param runs: of one side, by seed
+    :param field: that holds the time, see :func:`benchmarks.comparison.records.clock`
     """
     rows = [run["evaluations"] for run in runs.values()]
     steps = np.array([[row["timesteps"] for row in run] for run in rows])
-    seconds = np.array([[row["seconds"] for row in run] for run in rows])
+    seconds = np.array([[row[field] for row in run] for run in rows])
     returns = np.array([[np.mean(row["returns"]) for row in run] for run in rows])
     estimates = np.array([mean(column) for column in returns.T])
     return Curve(steps[0], np.median(seconds, axis=0), *estimates.T)
@@ -84,15 +85,15 @@ def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against
         axis.set_xticks([])
         axis.set_yticks([])
         return
-    thousands = against == "steps"
+    thousands, field = against == "steps", clock(sides)
     for side, runs in sides.items():
-        curve = learning_curve(runs)
+        curve = learning_curve(runs, field)
         x = curve.steps / 1000 if thousands else curve.seconds
         axis.plot(x, curve.value, **_STYLES[side])
         axis.fill_between(x, curve.low, curve.high, color=_STYLES[side]["color"], alpha=0.15, linewidth=0)
     if entry.zoo is not None:
         axis.axhline(entry.zoo.mean, color="#777777", linestyle=":", linewidth=1.5, zorder=0)
-    axis.set_xlabel("environment steps (thousands)" if thousands else "wall-clock time of training (s)")
+    axis.set_xlabel("environment steps (thousands)" if thousands else f"{CLOCKS[field]} of training (s)")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
 

@@ -13,8 +13,10 @@ from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.record import write_json
 
 __all__ = [
+    "CLOCKS",
     "Records",
     "Run",
+    "clock",
     "final_returns",
     "load_records",
     "model_path",
@@ -28,6 +30,9 @@ __all__ = [
 Run = dict[str, Any]
 Records = dict[str, dict[str, dict[int, Run]]]
 """Runs by entry, side and seed."""
+
+CLOCKS = {"seconds": "wall-clock time", "cpu_seconds": "CPU time"}
+"""What :func:`clock` chooses from."""
 
 
 def record_path(folder: Path, entry: str, side: str, seed: int) -> Path:
@@ -115,6 +120,24 @@ def training_returns(runs: dict[int, Run]) -> np.ndarray:
     return np.array([np.mean(returns) if returns else np.nan for returns in last])
 
 
-def training_seconds(runs: dict[int, Run]) -> np.ndarray:
-    """Wall-clock time of training without evaluations, ``[n_seeds]``."""
-    return np.array([run["evaluations"][-1]["seconds"] for run in runs.values()])
+def clock(sides: dict[str, dict[int, Run]]) -> str:
+    """
+    The field of an entry's evaluations by which its runs' times may be compared: ``"seconds"``, by the wall clock.
+
+    If a run had to wait for its core, for more than 5% of its time, that is ``"cpu_seconds"`` for all of them. A run has one
+    thread, so that these are the seconds that it would have taken undisturbed; threads of environments count in full.
+
+    :param sides: the entry's runs
+    """
+    ends = [run["evaluations"][-1] for runs in sides.values() for run in runs.values()]
+    return "cpu_seconds" if any(end["seconds"] > 1.05 * end["cpu_seconds"] for end in ends) else "seconds"
+
+
+def training_seconds(runs: dict[int, Run], field: str) -> np.ndarray:
+    """
+    Time of training without evaluations, ``[n_seeds]``.
+
+    :param runs: of one side, by seed
+    :param field: of :func:`clock`
+    """
+    return np.array([run["evaluations"][-1][field] for run in runs.values()])

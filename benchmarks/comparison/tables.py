@@ -17,8 +17,10 @@ from benchmarks.comparison.inference import (
 )
 from benchmarks.comparison.protocol import PROTOCOL, SIDES, Entry
 from benchmarks.comparison.records import (
+    CLOCKS,
     Records,
     Run,
+    clock,
     final_returns,
     training_returns,
     training_seconds,
@@ -38,6 +40,7 @@ _DETAILS = (
     "mean ± std over episodes",
     "P(better than SB3)",
     "training, s",
+    "of CPU time",
 )
 
 _INTRODUCTION = """
@@ -47,7 +50,8 @@ margins and settings stand in [protocol.py](../../comparison/protocol.py), and w
 Returns are means over the evaluation episodes after training, averaged over seeds, with 95% bootstrap intervals in brackets.
 *Difference* is ScratchPPO minus SB3, paired by seed, with Student's 95% interval: within the margin, the two are *equivalent*;
 clear of zero, one is better; else it is *not shown* that they are equivalent. *Times as fast* is SB3's training time over
-ScratchPPO's: the median over seeds, with the smallest and the largest, while other runs had the other cores.
+ScratchPPO's: the median over seeds, with the smallest and the largest, while other runs had the other cores. It is taken by
+the wall clock, or, where a run had to wait for its core for more than 5% of its time, by CPU time.
 """
 
 
@@ -75,7 +79,7 @@ def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
         f"{_interval(mean(final_returns(ours)))}, `{entry.sides[fast].engine}`",
         _interval(apart, sign="+"),
         "the same bits" if _same_weights(ours, theirs) else verdict(apart, entry.margin),
-        _speed(ours, theirs),
+        _speed(ours, theirs, clock(sides)),
     ]
 
 
@@ -94,7 +98,7 @@ def details(name: str, sides: Sides) -> str:
         return "\n".join([*text, f"*Not run yet:* `python -m benchmarks.compare --only {name}`", ""])
     rows = [_details_row(entry, side, runs, sides["sb3"]) for side, runs in sides.items()]
     if entry.zoo is not None:
-        rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", ""])
+        rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", "", ""])
     text += [markdown(_DETAILS, rows), ""]
     text += [_compared(entry, side, sides) for side in sides if side != "sb3"]
     return "\n".join([*text, ""])
@@ -113,7 +117,7 @@ def _details_row(entry: Entry, side: str, runs: dict[int, Run], theirs: dict[int
         _interval(mean(training_returns(runs))),
         f"{episodes.mean():.1f} ± {episodes.std():.1f}",
         "" if side == "sb3" else _interval(better, digits=2),
-        f"{np.median(training_seconds(runs)):.1f}",
+        *(f"{np.median(training_seconds(runs, field)):.1f}" for field in CLOCKS),
     ]
 
 
@@ -123,7 +127,8 @@ def _compared(entry: Entry, side: str, sides: Sides) -> str:
     apart = difference(final_returns(ours), final_returns(theirs))
     same = "the same weights as SB3's PPO, to the last bit" if _same_weights(ours, theirs) else None
     said = same or f"differs from SB3's PPO by {_interval(apart, sign='+')}: {verdict(apart, entry.margin)}"
-    return f"- {SIDES[side]}: {said}; {_speed(ours, theirs)} times as fast"
+    field = clock(sides)
+    return f"- {SIDES[side]}: {said}; {_speed(ours, theirs, field)} times as fast, by {CLOCKS[field]}"
 
 
 def _same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
@@ -223,8 +228,8 @@ def _only(runs: dict[int, Run], seeds: list[int]) -> dict[int, Run]:
     return {seed: runs[seed] for seed in seeds}
 
 
-def _speed(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
-    ratios = training_seconds(theirs) / training_seconds(ours)
+def _speed(ours: dict[int, Run], theirs: dict[int, Run], field: str) -> str:
+    ratios = training_seconds(theirs, field) / training_seconds(ours, field)
     spread = f" ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) > 1 else ""
     return f"{np.median(ratios):.2f}{spread}"
 
