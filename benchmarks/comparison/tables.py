@@ -68,13 +68,13 @@ def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
     fast = "fast" if "fast" in entry.sides else "reference"
     seeds = _common_seeds(sides, "sb3", fast)
     if not seeds:
-        return [name, f"{entry.timesteps:,}", "0", "*not run yet*", "*not run yet*", "", "", ""]
+        return [name, f"{entry.timesteps:,}", _count(0, entry), "*not run yet*", "*not run yet*", "", "", ""]
     theirs, ours = _only(sides["sb3"], seeds), _only(sides[fast], seeds)
     apart = difference(final_returns(ours), final_returns(theirs))
     return [
         name,
         f"{theirs[seeds[0]]['timesteps']:,}",
-        str(len(seeds)),
+        _count(len(seeds), entry),
         _interval(mean(final_returns(theirs))),
         f"{_interval(mean(final_returns(ours)))}, `{entry.sides[fast].engine}`",
         _interval(apart, sign="+"),
@@ -111,7 +111,7 @@ def _details_row(entry: Entry, side: str, runs: dict[int, Run], theirs: dict[int
     precision = "" if contestant.precision == "fp32" else f" {contestant.precision}"
     return [
         f"{SIDES[side]} (`{contestant.engine}`{precision}, {contestant.envs})" if side != "sb3" else SIDES[side],
-        str(len(runs)),
+        _count(len(runs), entry),
         _interval(mean(final_returns(runs))),
         _interval(interquartile_mean(final_returns(runs))),
         _interval(mean(training_returns(runs))),
@@ -218,6 +218,10 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _count(seeds: int, entry: Entry) -> str:
+    return str(seeds) if seeds >= entry.seeds else f"{seeds} of {entry.seeds}"
 
 
 def _common_seeds(sides: Sides, *names: str) -> list[int]:
