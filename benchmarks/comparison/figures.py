@@ -127,12 +127,15 @@ def plot_differences(records: Records, path: Path) -> None:
         margin = PROTOCOL[name].margin
         assert margin is not None, "as selected"
         low, value, high = (bound / margin for bound in (apart.low, apart.value, apart.high))
-        axis.plot([low, high], [y, y], color=_STYLES[side]["color"], linewidth=2.5)
-        axis.plot(value, y, "o", color=_STYLES[side]["color"], markersize=8)
+        color = _STYLES[side]["color"]
+        axis.plot([low, high], [y, y], color=color, linewidth=2.5)
+        axis.plot(value, y, "o", color=color, markerfacecolor="white" if np.isnan(low) else color, markersize=8)
     labels = [f"{name}\n{'native environments' if side == 'native' else 'fast engine'}" for name, side, _ in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=10)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel("difference of final return from SB3's PPO, in margins\n(lines: 95% intervals; grey: equivalent)")
+    axis.set_xlabel(
+        "difference of final return from SB3's PPO, in margins\n(lines: 95% intervals; open circles: one seed, no interval; grey: equivalent)"
+    )
     axis.grid(axis="x", alpha=0.25)
     _save(figure, path)
 
