@@ -133,9 +133,8 @@ def plot_differences(records: Records, path: Path) -> None:
     labels = [f"{name}\n{'native environments' if side == 'native' else 'fast engine'}" for name, side, _ in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=10)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(
-        "difference of final return from SB3's PPO, in margins\n(lines: 95% intervals; open circles: one seed, no interval; grey: equivalent)"
-    )
+    explained = "lines: 95% intervals; open circles: one seed, no interval; grey: equivalent"
+    axis.set_xlabel(f"difference of final return from SB3's PPO, in margins\n({explained})")
     axis.grid(axis="x", alpha=0.25)
     _save(figure, path)
 
