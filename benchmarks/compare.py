@@ -167,11 +167,12 @@ def run_all(orders: list[Order], options: argparse.Namespace) -> list[Order]:
 
 def _report(order: Order, future: Future[float], position: int, total: int) -> list[Order]:
     try:
-        tqdm.write(f"[{position}/{total}] {order}: {future.result():.1f}")
+        failed, said = [], f"{order}: {future.result():.1f}"
     except RunFailed as error:
-        tqdm.write(f"[{position}/{total}] {order} FAILED:\n{error}")
-        return [order]
-    return []
+        failed, said = [order], f"{order} FAILED:\n{error}"
+    with tqdm.external_write_mode():
+        print(f"[{position}/{total}] {said}", flush=True)  # at once into a log, too
+    return failed
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -346,7 +346,14 @@ TINY_BUDGET = ("--scale", "0.01", "--only", "CartPole-v1", "--no-progress")
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's shell has it ignored
+    )
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
@@ -413,7 +420,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     def command(self: compare.Runner, order: compare.Order) -> list[str]:
         path = record_path(tmp_path, order.entry, order.side, order.seed)
         good = f"import pathlib; p = pathlib.Path({str(path)!r}); p.parent.mkdir(exist_ok=True); p.write_text('')"
-        return [sys.executable, "-c", "print('no such luck'); 1 / 0" if order.side == "sb3" else good]
+        return [sys.executable, "-c", "print('no such luck', flush=True); 1 / 0" if order.side == "sb3" else good]
 
     monkeypatch.setattr(compare.Runner, "_command", command)
     options = compare.parse_options(["--only", "CartPole-v1", "--seeds", "1", "--out", str(tmp_path), "--no-progress"])

@@ -285,15 +285,11 @@ def test_sb3_ppo_trains_on_it() -> None:
         th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_each_device_has_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ScratchPPO("MlpPolicy", ToyEnv(BOX, spaces.Discrete(2)), n_steps=8, batch_size=8, device="cpu")
-    assert type(model.rollout_buffer) is ScratchRolloutBuffer
-    del model.rollout_buffer
-    made: list[Any] = []
-    monkeypatch.setattr("sb3_ppo_from_scratch.ppo.DeviceRolloutBuffer", lambda *_, **options: made.append(options["device"]))
-    model.device = th.device("cuda")
-    assert model.rollout_buffer is None
-    assert made == [th.device("cuda")]
+def test_each_engine_has_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.cudagraph.support.device_reason", lambda policy: None)
+    for engine, kind in (("torch", ScratchRolloutBuffer), ("numpy", ScratchRolloutBuffer), ("cudagraph", DeviceRolloutBuffer)):
+        model = ScratchPPO("MlpPolicy", ToyEnv(BOX, spaces.Discrete(2)), n_steps=8, batch_size=8, device="cpu", engine=engine)
+        assert type(model.rollout_buffer) is kind, engine
 
 
 def test_a_saved_model_may_name_it(tmp_path: Path) -> None:
