@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.comparison.one_run import PROGRESS
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import read_run, record_path
 from benchmarks.options import number
@@ -93,6 +94,14 @@ class Runner:
         :return: mean return of the final evaluation
         :raises RunFailed: if it left no record
         """
+        try:
+            return self._run(order)
+        except OSError as error:
+            raise RunFailed(str(error)) from error
+        finally:
+            self._running.pop(order, None)
+
+    def _run(self, order: Order) -> float:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with subprocess.Popen(
             self._command(order),
@@ -107,7 +116,6 @@ class Runner:
             if self._stopped:  # while the process was started
                 process.terminate()
             last, said = self._follow(process)
-        self._running.pop(order, None)
         if process.returncode != 0 or not record_path(self.folder, *order[:3]).exists():
             raise RunFailed(said)
         return last
@@ -123,8 +131,8 @@ class Runner:
         """Count the steps that a run reports, until it ends. Returns its last evaluation, and its last other lines."""
         done, last, said = 0, float("nan"), deque[str](maxlen=30)
         for line in process.stdout or []:
-            if line.startswith("{"):
-                report = json.loads(line)
+            if line.startswith(PROGRESS):
+                report = json.loads(line.removeprefix(PROGRESS))
                 self.bar.update(report["timesteps"] - done)
                 done, last = report["timesteps"], report["return"]
             else:

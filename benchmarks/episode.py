@@ -1,10 +1,14 @@
 """
 A trained agent at play, as a GIF: an episode of an agent that :mod:`benchmarks.compare` left behind.
 
-The pictures in the README come from::
+The pictures in the README come from the first two lines, with the agents that their runs had left beside the records. Agents
+are not committed; the last two train one anew and show it::
 
     python -m benchmarks.episode --entry CartPole-v1 --every 2
     python -m benchmarks.episode --entry Breakout-500k
+
+    python -m benchmarks.compare --only CartPole-v1 --side fast --seeds 1 --out runs/compare
+    python -m benchmarks.episode --entry CartPole-v1 --every 2 --results runs/compare
 
 Beside the GIF stands a JSON file with the agent's weights' checksum, which the record of its training names too.
 """
@@ -24,7 +28,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cartpole import EVALUATION_SEED
-from benchmarks.comparison.one_run import evaluation_env
+from benchmarks.comparison.one_run import evaluation_env, weights_digest
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import model_path, record_path
 from benchmarks.options import number
@@ -104,14 +108,19 @@ def main() -> None:
     if entry.task().normalize is not None:
         parser.error(f"--entry must be one without VecNormalize, whose statistics are not kept, not {options.entry}")
     if not model_path(*where).exists():
-        sys.exit(f"episode: there is no {model_path(*where)}; benchmarks.compare leaves the agents that it trains there")
-    episode = play(ScratchPPO.load(model_path(*where)), evaluation_env(entry, 1, "rgb_array"), entry.deterministic)
+        sys.exit(
+            f"episode: there is no {model_path(*where)}, for agents are not committed; train one by benchmarks.compare with "
+            "an --out of yours, and give that as --results"
+        )
+    trained, model = json.loads(record_path(*where).read_text(encoding="utf-8")), ScratchPPO.load(model_path(*where))
+    if weights_digest(model) != trained["weights_sha256"]:
+        sys.exit(f"episode: {model_path(*where)} is not the agent of {record_path(*where)}: their weights differ")
+    episode = play(model, evaluation_env(entry, 1, "rgb_array"), entry.deterministic)
     frames = episode.frames[:: options.every][: options.max_frames]
     gif = (options.out or options.results) / f"{options.entry}.gif"
     whole = len(episode.frames) <= options.every * options.max_frames
     caption = f"{entry.env_id}, return {episode.score:g}{'' if whole else ' at the end'}"
     write_gif(frames, gif, caption, 0.04 if options.every > 1 else 0.06, options.width)
-    trained = json.loads(record_path(*where).read_text(encoding="utf-8"))
     told = {key: trained[key] for key in ("entry", "side", "seed", "timesteps", "engine", "weights_sha256")}
     write_json(
         gif.with_suffix(".json"),

@@ -26,16 +26,23 @@ _DECIDED_ON_DEVICE = ("values", "log_probs", "advantages", "returns")
 _KNOWN_ON_HOST = ("rewards", "episode_starts", "actions")
 
 
+def _read_only(tensor: th.Tensor) -> np.ndarray:
+    """``[n_steps, n_envs, ...]``; an error for whoever writes to it, who would change a copy and wonder."""
+    array = tensor.numpy(force=True).swapaxes(0, 1)
+    array.setflags(write=False)
+    return array
+
+
 def _fetched(name: str) -> Any:
     """A public array ``[n_steps, n_envs, ...]``, copied from the device when it is asked for; on a CPU it is the storage."""
 
     def fetch(self: DeviceRolloutBuffer) -> Any:
         tensor = self.on_device.get(name)
         if isinstance(tensor, dict):
-            return {key: value.numpy(force=True).swapaxes(0, 1) for key, value in tensor.items()}
-        return None if tensor is None else tensor.numpy(force=True).swapaxes(0, 1)
+            return {key: _read_only(value) for key, value in tensor.items()}
+        return None if tensor is None else _read_only(tensor)
 
-    return property(fetch, doc=f"``{name}``, ``[n_steps, n_envs, ...]``; waits for the device. Not to be written to.")
+    return property(fetch, doc=f"``{name}``, ``[n_steps, n_envs, ...]``; waits for the device. Read-only.")
 
 
 class DeviceRolloutBuffer(ScratchRolloutBuffer):

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.comparison.inference import difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
-from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns
+from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns, paired
 
 __all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
 
@@ -113,12 +113,13 @@ def plot_differences(records: Records, path: Path) -> None:
     :param records: all of them
     :param path: the PNG to write
     """
-    rows = [
-        (name, side, difference(final_returns(runs), final_returns(sides["sb3"])))
+    pairs = {
+        (name, side): paired(sides, side)
         for name, sides in records.items()
-        for side, runs in sides.items()
-        if side not in ("sb3", "reference") and PROTOCOL[name].margin and runs.keys() == sides["sb3"].keys()
-    ]
+        for side in sides
+        if side not in ("sb3", "reference") and PROTOCOL[name].margin
+    }
+    rows = [(*who, difference(*map(final_returns, pair))) for who, pair in pairs.items() if pair[0]]
     figure, axes = _subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
     axis = axes[0, 0]
     axis.axvspan(-1, 1, color="#999999", alpha=0.2, linewidth=0)
@@ -132,8 +133,8 @@ def plot_differences(records: Records, path: Path) -> None:
         axis.plot(value, y, "o", color=color, markerfacecolor="white" if np.isnan(low) else color, markersize=8)
     labels = [f"{name}\n{'native environments' if side == 'native' else 'fast engine'}" for name, side, _ in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=10)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    explained = "lines: 95% intervals; open circles: one seed, no interval; grey: equivalent"
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    explained = "lines: 95% intervals; open circles: no interval; grey: equivalent"
     axis.set_xlabel(f"difference of final return from SB3's PPO, in margins\n({explained})")
     axis.grid(axis="x", alpha=0.25)
     _save(figure, path)
@@ -153,5 +154,5 @@ def _legend(figure: Figure, sides: Sequence[str]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # so that the same records give the same bytes
+    figure.savefig(path, dpi=100)
     plt.close(figure)

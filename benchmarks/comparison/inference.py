@@ -67,14 +67,13 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
 
     :param ours: one score per seed, ``[n_seeds]``
     :param theirs: of the same seeds, ``[n_seeds]``
-    :return: with Student's interval for paired samples
+    :return: with Student's interval for paired samples; without one where all differ by the same, as at a ceiling: there is no
+        variance to estimate
     """
     differences = ours - theirs
     value = float(np.mean(differences))
-    if len(differences) < 2:
+    if len(differences) < 2 or np.ptp(differences) == 0:
         return Estimate(value, np.nan, np.nan)
-    if np.ptp(differences) == 0:  # all seeds agree, and there is no variance to estimate
-        return Estimate(value, value, value)
     return Estimate(value, *map(float, stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)))
 
 

@@ -5,7 +5,7 @@ One agent of the comparison: trained, evaluated on the way and at the end, and w
 
     python -m benchmarks.comparison.one_run --entry CartPole-v1 --side fast --seed 3 --out runs/compare
 
-Prints a line of JSON per evaluation. The record is written at the end, at once: a run is either finished or not there.
+Prints a line per evaluation. The record is written at the end, at once: a run is either finished or not there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
 from benchmarks.record import provenance
 
-__all__ = ["Evaluations", "evaluation_env", "main", "train"]
+__all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "train", "weights_digest"]
+
+PROGRESS = "progress: "
+"""What a line about an evaluation begins with; libraries may print others."""
 
 
 def evaluation_env(entry: Entry, n_envs: int = EVALUATION_ENVS, render_mode: str | None = None) -> VecEnv:
@@ -97,7 +100,7 @@ class Evaluations(BaseCallback):
             "returns": returns,
         }
         self.rows.append(row)
-        print(json.dumps({"timesteps": self.num_timesteps, "return": sum(returns) / len(returns)}), flush=True)
+        print(PROGRESS + json.dumps({"timesteps": self.num_timesteps, "return": sum(returns) / len(returns)}), flush=True)
         self._wall += time.perf_counter() - wall
         self._cpu += time.process_time() - cpu
 
@@ -131,15 +134,20 @@ def train(entry: Entry, side: str, seed: int, timesteps: int) -> tuple[OnPolicyA
     model.learn(timesteps, callback=callback)
     last_100 = [round(float(info["r"]), 3) for info in model.ep_info_buffer or []]
     callback.evaluate(entry.final_episodes)
-    weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.policy.parameters())
     return model, {
         "engine": contestant.engine,
         "envs": contestant.envs,
         "precision": contestant.precision,
         "evaluations": callback.rows,
         "last_training_returns": last_100,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_sha256": weights_digest(model),
     }
+
+
+def weights_digest(model: OnPolicyAlgorithm) -> str:
+    """SHA-256 of the policy's parameters: equal for models with the same bits."""
+    parameters = (parameter.numpy(force=True) for parameter in model.policy.parameters())
+    return hashlib.sha256(b"".join(parameter.tobytes() for parameter in parameters)).hexdigest()
 
 
 def main() -> None:

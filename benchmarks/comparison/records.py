@@ -20,6 +20,7 @@ __all__ = [
     "final_returns",
     "load_records",
     "model_path",
+    "paired",
     "read_run",
     "record_path",
     "training_returns",
@@ -109,6 +110,19 @@ def load_records(folder: Path) -> Records:
     return records
 
 
+def paired(sides: dict[str, dict[int, Run]], side: str) -> tuple[dict[int, Run], dict[int, Run]]:
+    """
+    What can be compared seed by seed: nothing else is.
+
+    :param sides: an entry's runs
+    :param side: whose
+    :return: its runs and SB3's, of the seeds that both have been run with; maybe none
+    """
+    ours, theirs = sides.get(side, {}), sides.get("sb3", {})
+    seeds = sorted(ours.keys() & theirs.keys())
+    return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
+
+
 def final_returns(runs: dict[int, Run]) -> np.ndarray:
     """Mean return over the evaluation episodes after training, ``[n_seeds]``."""
     return np.array([np.mean(run["evaluations"][-1]["returns"]) for run in runs.values()])
@@ -124,8 +138,9 @@ def clock(sides: dict[str, dict[int, Run]]) -> str:
     """
     The field of an entry's evaluations by which its runs' times may be compared: ``"seconds"``, by the wall clock.
 
-    If a run had to wait for its core, for more than 5% of its time, that is ``"cpu_seconds"`` for all of them. A run has one
-    thread, so that these are the seconds that it would have taken undisturbed; threads of environments count in full.
+    If a run had to wait for its core, for more than 5% of its time, the wall clock says nothing, and curves are drawn over
+    ``"cpu_seconds"``. These too grow with what else the machine does, and no speed is quoted from them. Threads of
+    environments count in full.
 
     :param sides: the entry's runs
     """

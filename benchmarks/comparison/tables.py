@@ -22,6 +22,7 @@ from benchmarks.comparison.records import (
     Run,
     clock,
     final_returns,
+    paired,
     training_returns,
     training_seconds,
 )
@@ -47,11 +48,13 @@ _INTRODUCTION = """
 Made by `python -m benchmarks.report` from the records beside this file, one per run; each names its own command. Question,
 margins and settings stand in [protocol.py](../../comparison/protocol.py), and were fixed before the runs.
 
-Returns are means over the evaluation episodes after training, averaged over seeds, with 95% bootstrap intervals in brackets.
-*Difference* is ScratchPPO minus SB3, paired by seed, with Student's 95% interval: within the margin, the two are *equivalent*;
-clear of zero, one is better; else it is *not shown* that they are equivalent. *Times as fast* is SB3's training time over
-ScratchPPO's: the median over seeds, with the smallest and the largest, while other runs had the other cores. It is taken by
-the wall clock, or, where a run had to wait for its core for more than 5% of its time, by CPU time.
+Returns are means over the evaluation episodes after training, averaged over seeds, with 95% percentile bootstrap intervals in
+brackets; with few seeds these are too narrow (for normal scores, those of five seeds cover the mean about 85 times in 100, of
+ten 90). *Difference* is ScratchPPO minus SB3, paired by seed, with Student's 95% interval: within the margin, the two are
+*equivalent*; clear of zero, one is better; else it is *not shown* that they are equivalent. Where every seed scores the same
+on both sides, as at a ceiling, there is no variance to estimate and no interval. *Times as fast* is SB3's training time over
+ScratchPPO's by the wall clock: the median over seeds, with the smallest and the largest, while another run had the other core.
+Where a run had to wait for its core for more than 5% of its time, no speed is given, and curves are drawn over CPU time.
 """
 
 
@@ -65,22 +68,31 @@ def headline(records: Records) -> str:
 
 
 def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
-    fast = "fast" if "fast" in entry.sides else "reference"
-    seeds = _common_seeds(sides, "sb3", fast)
-    if not seeds:
+    ours, theirs = paired(sides, "fast" if "fast" in entry.sides else "reference")
+    if not ours:
         return [name, f"{entry.timesteps:,}", _count(0, entry), "*not run yet*", "*not run yet*", "", "", ""]
-    theirs, ours = _only(sides["sb3"], seeds), _only(sides[fast], seeds)
-    apart = difference(final_returns(ours), final_returns(theirs))
+    one = next(iter(ours.values()))
     return [
         name,
-        f"{theirs[seeds[0]]['timesteps']:,}",
-        _count(len(seeds), entry),
+        f"{one['timesteps']:,}",
+        _count(len(ours), entry),
         _interval(mean(final_returns(theirs))),
-        f"{_interval(mean(final_returns(ours)))}, `{entry.sides[fast].engine}`",
-        _interval(apart, sign="+"),
-        "the same bits" if _same_weights(ours, theirs) else verdict(apart, entry.margin),
-        _speed(ours, theirs, clock(sides)),
+        f"{_interval(mean(final_returns(ours)))}, `{one['engine']}`",
+        _interval(difference(final_returns(ours), final_returns(theirs)), sign="+"),
+        _judgement(entry, ours, theirs),
+        _speed(ours, theirs),
     ]
+
+
+def _judgement(entry: Entry, ours: dict[int, Run], theirs: dict[int, Run]) -> str:
+    """What may be said of a side; nothing before the protocol's seeds and steps have been run."""
+    if _same_weights(ours, theirs):
+        return "the same bits"
+    if len(ours) < entry.seeds or any(run["timesteps"] < entry.timesteps for run in ours.values()):
+        return "no verdict before all seeds and steps are run"
+    if len(ours) > 1 and np.array_equal(final_returns(ours), final_returns(theirs)):
+        return "equal with every seed"
+    return verdict(difference(final_returns(ours), final_returns(theirs)), entry.margin)
 
 
 def details(name: str, sides: Sides) -> str:
@@ -94,45 +106,51 @@ def details(name: str, sides: Sides) -> str:
     text = [f"### {name}", ""]
     if entry.note:
         text += [entry.note, ""]
-    if "sb3" not in sides:
-        return "\n".join([*text, f"*Not run yet:* `python -m benchmarks.compare --only {name}`", ""])
-    rows = [_details_row(entry, side, runs, sides["sb3"]) for side, runs in sides.items()]
-    if entry.zoo is not None:
+    if not sides:
+        return "\n".join([*text, "*Not run yet.*", ""])
+    rows = [_details_row(entry, side, sides) for side in sides]
+    whole = all(run["timesteps"] >= entry.timesteps for runs in sides.values() for run in runs.values())
+    if entry.zoo is not None and whole:
         rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", "", ""])
     text += [markdown(_DETAILS, rows), ""]
     text += [_compared(entry, side, sides) for side in sides if side != "sb3"]
     return "\n".join([*text, ""])
 
 
-def _details_row(entry: Entry, side: str, runs: dict[int, Run], theirs: dict[int, Run]) -> list[str]:
-    contestant = entry.sides[side]
+def _details_row(entry: Entry, side: str, sides: Sides) -> list[str]:
+    runs = sides[side]
+    one = next(iter(runs.values()))
     episodes = np.concatenate([run["evaluations"][-1]["returns"] for run in runs.values()])
-    better = probability_of_improvement(final_returns(runs), final_returns(theirs))
-    precision = "" if contestant.precision == "fp32" else f" {contestant.precision}"
+    precision = "" if one["precision"] == "fp32" else f" {one['precision']}"
     return [
-        f"{SIDES[side]} (`{contestant.engine}`{precision}, {contestant.envs})" if side != "sb3" else SIDES[side],
+        f"{SIDES[side]} (`{one['engine']}`{precision}, {one['envs']})" if side != "sb3" else SIDES[side],
         _count(len(runs), entry),
         _interval(mean(final_returns(runs))),
         _interval(interquartile_mean(final_returns(runs))),
         _interval(mean(training_returns(runs))),
         f"{episodes.mean():.1f} ± {episodes.std():.1f}",
-        "" if side == "sb3" else _interval(better, digits=2),
+        "" if side == "sb3" else _better(*paired(sides, side)),
         *(f"{np.median(training_seconds(runs, field)):.1f}" for field in CLOCKS),
     ]
 
 
+def _better(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
+    if len(ours) < 2 or _same_weights(ours, theirs):
+        return ""
+    return _interval(probability_of_improvement(final_returns(ours), final_returns(theirs)), digits=2)
+
+
 def _compared(entry: Entry, side: str, sides: Sides) -> str:
-    seeds = _common_seeds(sides, "sb3", side)
-    ours, theirs = _only(sides[side], seeds), _only(sides["sb3"], seeds)
-    apart = difference(final_returns(ours), final_returns(theirs))
-    same = "the same weights as SB3's PPO, to the last bit" if _same_weights(ours, theirs) else None
-    said = same or f"differs from SB3's PPO by {_interval(apart, sign='+')}: {verdict(apart, entry.margin)}"
-    field = clock(sides)
-    return f"- {SIDES[side]}: {said}; {_speed(ours, theirs, field)} times as fast, by {CLOCKS[field]}"
+    ours, theirs = paired(sides, side)
+    if not ours:
+        return f"- {SIDES[side]}: no seed in common with SB3's PPO yet"
+    apart = _interval(difference(final_returns(ours), final_returns(theirs)), sign="+")
+    judgement = _judgement(entry, ours, theirs)
+    return f"- {SIDES[side]}: differs from SB3's PPO by {apart}: {judgement}; times as fast: {_speed(ours, theirs)}"
 
 
 def _same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
-    return all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
+    return bool(ours) and all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
 
 
 def identity(records: Records) -> str:
@@ -143,9 +161,9 @@ def identity(records: Records) -> str:
     """
     same = total = 0
     for sides in records.values():
-        for seed in _common_seeds(sides, "sb3", "reference"):
-            total += 1
-            same += _same_weights(_only(sides["reference"], [seed]), sides["sb3"])
+        ours, theirs = paired(sides, "reference")
+        total += len(ours)
+        same += sum(_same_weights({seed: run}, theirs) for seed, run in ours.items())
     return f"In {same} of {total} pairs of runs, the reference engine ended with SB3's weights, to the last bit."
 
 
@@ -224,16 +242,10 @@ def _count(seeds: int, entry: Entry) -> str:
     return str(seeds) if seeds >= entry.seeds else f"{seeds} of {entry.seeds}"
 
 
-def _common_seeds(sides: Sides, *names: str) -> list[int]:
-    return sorted(set.intersection(*(set(sides.get(name, {})) for name in names)))
-
-
-def _only(runs: dict[int, Run], seeds: list[int]) -> dict[int, Run]:
-    return {seed: runs[seed] for seed in seeds}
-
-
-def _speed(ours: dict[int, Run], theirs: dict[int, Run], field: str) -> str:
-    ratios = training_seconds(theirs, field) / training_seconds(ours, field)
+def _speed(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
+    if clock({"ours": ours, "theirs": theirs}) != "seconds":
+        return "not measured: disturbed"
+    ratios = training_seconds(theirs, "seconds") / training_seconds(ours, "seconds")
     spread = f" ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) > 1 else ""
     return f"{np.median(ratios):.2f}{spread}"
 
