@@ -30,12 +30,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from benchmarks.record import RESULTS, ROOT, provenance, write_json
-from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
+from benchmarks.tasks import EVALUATION_SEED, HYPERPARAMETERS, Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
 ENV_ID = "CartPole-v1"
-EVALUATION_SEED = 1_000_000  # far from the training environments' seeds
 SMOOTHING = 30  # episodes per point of the learning curve
 
 Record = dict[str, Any]

@@ -27,7 +27,7 @@ class Contestant:
     """Somebody who trains a case."""
 
     engine: str
-    """ScratchPPO's engine; or ``"sb3"`` or ``"sbx"`` for these packages' PPO"""
+    """ScratchPPO's engine; ``"sb3"`` or ``"sbx"`` for these packages' PPO; ``"none"`` for the environments alone"""
     envs: str
     """``"dummy"`` and ``"subproc"`` are SB3's; ``"native"`` Gymnasium's own vector environment; ``"ale"``, ``"envpool"``"""
     threads: int = 1
@@ -37,7 +37,7 @@ class Contestant:
     @property
     def title(self) -> str:
         """For tables and figures."""
-        who = {"sb3": "SB3 PPO", "sbx": "SBX PPO"}.get(self.engine, f"ScratchPPO {self.engine}")
+        who = {"sb3": "SB3 PPO", "sbx": "SBX PPO", "none": "environments alone"}.get(self.engine, f"ScratchPPO {self.engine}")
         return who if self.precision == "fp32" else f"{who} {self.precision}"
 
 
@@ -145,13 +145,14 @@ def make_env(case: Case, contestant: Contestant, seed: int) -> Any:
     return env if task.normalize is None else VecNormalize(env, **task.normalize)
 
 
-def build(case: Case, contestant: Contestant, seed: int) -> OnPolicyAlgorithm:
+def build(case: Case, contestant: Contestant, seed: int, device: str = "cpu") -> OnPolicyAlgorithm:
     """
     A fresh model with environments of its own.
 
     :param case: one of :data:`CASES`
     :param contestant: who trains it
     :param seed: of the model and the environments
+    :param device: of the networks
     """
     task, env = case.task(), make_env(case, contestant, seed)
     if contestant.engine == "sbx":
@@ -159,9 +160,9 @@ def build(case: Case, contestant: Contestant, seed: int) -> OnPolicyAlgorithm:
 
         return SBX(task.policy, env, seed=seed, **task.arguments)
     if contestant.engine == "sb3":
-        return PPO(task.policy, env, seed=seed, device="cpu", **task.arguments)
+        return PPO(task.policy, env, seed=seed, device=device, **task.arguments)
     options: dict[str, Any] = {"engine": contestant.engine, "precision": contestant.precision}
-    return ScratchPPO(task.policy, env, seed=seed, device="cpu", **task.arguments, **options)
+    return ScratchPPO(task.policy, env, seed=seed, device=device, **task.arguments, **options)
 
 
 def scaled(case: Case, scale: float) -> Case:

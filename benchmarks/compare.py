@@ -1,9 +1,9 @@
 """
 Trains SB3's PPO and ScratchPPO side by side, on the environments and seeds of :mod:`benchmarks.comparison.protocol`.
 
-Every run is a process of its own with one thread; as many run at a time as there are cores. A finished run leaves a record and
-is not run again: after Ctrl-C or a crash, the same command goes on, and only the runs in progress are lost. ``make compare``
-runs all of it, in some hours; a quick look at the whole way is::
+Every run is a process of its own, with one thread for torch and NumPy; as many run at a time as there are cores. A finished
+run leaves a record and is not run again: after Ctrl-C or a crash, the same command goes on, and only the runs in progress are
+lost. ``make compare`` runs all of it, in some hours; a quick look at the whole way is::
 
     python -m benchmarks.compare --scale 0.01 --seeds 2 --only CartPole-v1 --out runs/tiny
     python -m benchmarks.report --results runs/tiny

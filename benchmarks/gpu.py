@@ -16,32 +16,31 @@ All of it needs a CUDA device, and says so where there is none.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv
 
+from benchmarks.cases import Case, Contestant, build, make_env
 from benchmarks.gpu_breakout import train_breakout
 from benchmarks.gpu_checks import run_checks
 from benchmarks.gpu_profile import minibatch_profile, profiled
 from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_task
 from benchmarks.timed_run import peak_memory
-from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
+from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS
 
-__all__ = ["Contestant", "Stopwatch", "contestants", "environment_rate", "main", "measure_one", "parse_options", "table"]
+__all__ = ["Stopwatch", "contestants", "described", "environment_rate", "main", "measure_one", "parse_options", "table"]
 
 Record = dict[str, Any]
 
@@ -49,22 +48,6 @@ COMMANDS = ("all", "check", "measure", "breakout")
 ENV_ID = "BreakoutNoFrameskip-v4"
 _RESERVE = 45.0
 """Seconds of the budget that are left for starting, for what cannot be cut short, and for writing."""
-
-
-class Contestant(NamedTuple):
-    """Who trains, on which environments."""
-
-    engine: str
-    """ScratchPPO's, or ``"sb3"`` for SB3's PPO, or ``"none"`` for the environments alone"""
-    envs: str
-    """``"dummy"``, ``"subproc"``, or a native backend"""
-    precision: str = "fp32"
-
-    @property
-    def title(self) -> str:
-        """For the table."""
-        who = {"sb3": "SB3 PPO", "none": "environments alone"}.get(self.engine, f"ScratchPPO {self.engine}")
-        return who if self.precision == "fp32" else f"{who} {self.precision}"
 
 
 def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
@@ -79,7 +62,7 @@ def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
     return [
         Contestant("none", backend),
         Contestant("cudagraph", backend),
-        Contestant("cudagraph", backend, "bf16"),
+        Contestant("cudagraph", backend, precision="bf16"),
         Contestant("sb3", "dummy"),
         *subproc,
         Contestant("torch", backend),
@@ -87,14 +70,6 @@ def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
 
 
 # -------------------------------------------------------------------- measuring
-
-
-def make_env(kind: str, n_envs: int, seed: int) -> VecEnv:
-    """Breakout, as all have it."""
-    if kind in ATARI_BACKENDS:
-        return make_native_atari_env(ENV_ID, n_envs=n_envs, seed=seed, backend=kind)
-    vec_env_cls = SubprocVecEnv if kind == "subproc" else DummyVecEnv
-    return VecFrameStack(make_atari_env(f"ale_py:{ENV_ID}", n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
 
 
 class Stopwatch(BaseCallback):
@@ -135,12 +110,10 @@ def environment_rate(env: VecEnv, seconds: float) -> float:
     return steps * env.num_envs / (time.perf_counter() - start)
 
 
-def build(contestant: Contestant, env: VecEnv, task: Task, device: str, seed: int) -> OnPolicyAlgorithm:
-    """A fresh model of ``task``'s hyperparameters."""
-    if contestant.engine == "sb3":
-        return PPO(task.policy, env, seed=seed, device=device, **task.arguments)
-    options: Record = {"engine": contestant.engine, "precision": contestant.precision}
-    return ScratchPPO(task.policy, env, seed=seed, device=device, **task.arguments, **options)
+def described(contestant: Contestant, n_envs: int) -> Record:
+    """The columns that say whose figures a row holds. Torch has its own number of threads here."""
+    names = ("engine", "envs", "precision", "title")
+    return {**{name: getattr(contestant, name) for name in names}, "n_envs": n_envs}
 
 
 def measure_one(contestant: Contestant, n_envs: int, seconds: float, task: Task, device: str, seed: int = 0) -> Record:
@@ -154,23 +127,23 @@ def measure_one(contestant: Contestant, n_envs: int, seconds: float, task: Task,
     :param device: of the networks
     :param seed: of the model and the environments
     """
-    env = make_env(contestant.envs, n_envs, seed)
-    record: Record = {**contestant._asdict(), "title": contestant.title, "n_envs": n_envs}
-    try:
-        if contestant.engine == "none":
+    case, record = Case("Breakout", ENV_ID, 0, lambda: task._replace(n_envs=n_envs)), described(contestant, n_envs)
+    if contestant.engine == "none":
+        with contextlib.closing(make_env(case, contestant, seed)) as env:
             return {**record, "fps": environment_rate(env, min(seconds, 10.0))}
-        on_cuda = device.startswith("cuda")
-        if on_cuda:
-            th.cuda.empty_cache()
-            th.cuda.reset_peak_memory_stats()
-        model, watch = build(contestant, env, task, device, seed), Stopwatch(seconds)
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        th.cuda.empty_cache()
+        th.cuda.reset_peak_memory_stats()
+    model, watch = build(case, contestant, seed, device), Stopwatch(seconds)
+    try:
         model.learn(10**9, callback=watch)
         record |= {"fps": watch.fps, "iterations": len(watch.boundaries) - 2, "host_memory_mib": peak_memory()}
         if on_cuda:
             record |= {"gpu_memory_mib": th.cuda.max_memory_allocated() / 2**20, **_profile(model)}
         return record
     finally:
-        env.close()
+        model.get_env().close()  # type: ignore[union-attr]  # it has one
 
 
 def _profile(model: OnPolicyAlgorithm) -> Record:
@@ -194,12 +167,12 @@ def measure(options: argparse.Namespace, deadline: float) -> Iterator[Record]:
     for index, (who, n_envs) in enumerate(orders):
         seconds = 0.6 * (deadline - time.monotonic()) / (len(orders) - index)  # the rest is for starting and profiling
         if seconds < 2.0:
-            yield {**who._asdict(), "title": who.title, "n_envs": n_envs, "skipped": "the budget was spent"}
+            yield {**described(who, n_envs), "skipped": "the budget was spent"}
             continue
         try:
             yield measure_one(who, n_envs, seconds, task, "cuda", options.seed)
         except Exception as error:  # noqa: BLE001  # the others' figures must not be lost with it
-            yield {**who._asdict(), "title": who.title, "n_envs": n_envs, "skipped": f"{type(error).__name__}: {error}"}
+            yield {**described(who, n_envs), "skipped": f"{type(error).__name__}: {error}"}
 
 
 # -------------------------------------------------------------------- reporting

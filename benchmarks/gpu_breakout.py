@@ -14,7 +14,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks.tasks import Task, load_task
+from benchmarks.tasks import EVALUATION_SEED, Task, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.vec_env import make_native_atari_env
 
@@ -22,7 +22,6 @@ __all__ = ["Deadline", "curve", "train_breakout"]
 
 Record = dict[str, Any]
 
-_EVALUATION_SEED = 1_000_000  # far from the seeds that agents are trained with
 _POINTS = 200
 """Of the learning curve in the record."""
 _LAST = 100
@@ -133,7 +132,7 @@ def _evaluated(model: ScratchPPO, folder: Path, options: argparse.Namespace) -> 
     path = folder / "model.zip"
     model.save(path)
     games = make_native_atari_env(
-        "BreakoutNoFrameskip-v4", 8, seed=_EVALUATION_SEED, backend=options.backend, clip_reward=False
+        "BreakoutNoFrameskip-v4", 8, seed=EVALUATION_SEED, backend=options.backend, clip_reward=False
     )
     returns, _ = evaluate_policy(model, games, options.eval_episodes, deterministic=False, return_episode_rewards=True)
     games.close()

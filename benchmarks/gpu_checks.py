@@ -144,7 +144,7 @@ def check_advantages(device: th.device) -> Iterator[Check]:
     """Of a rollout."""
     on_host, on_device = make_buffers("MlpPolicy, Discrete", device, 1.0, seed=1)
     for name in ("advantages", "returns"):
-        error = relative(th.from_numpy(getattr(on_device, name)), th.from_numpy(getattr(on_host, name)))
+        error = relative(th.tensor(getattr(on_device, name)), th.tensor(getattr(on_host, name)))
         yield Check(name, error, 1e-5)
 
 

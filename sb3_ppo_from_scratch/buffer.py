@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_ours", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_ours", "lies_channels_last", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 
@@ -116,22 +116,26 @@ class ScratchRolloutBuffer(RolloutBuffer):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.gae_lambda = gae_lambda
         self.gamma = gamma
-        if isinstance(observation_space, spaces.Dict):
-            self.observations = {key: self._allocate_obs(space) for key, space in observation_space.spaces.items()}
+        self._allocate_storage()
+        self.reset()
+
+    def _allocate_storage(self) -> None:
+        space = self.observation_space
+        if isinstance(space, spaces.Dict):
+            self.observations = {key: self._allocate_obs(each) for key, each in space.spaces.items()}
         else:
-            self.observations = self._allocate_obs(observation_space)
-        self.actions = self._allocate((self.action_dim,), action_space.dtype)
+            self.observations = self._allocate_obs(space)
+        self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
         self.dist_params = None
         for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
             setattr(self, name, self._allocate((), np.float32))
-        self.reset()
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike | None) -> np.ndarray:
         return np.zeros((self.n_envs, self.buffer_size, *shape), dtype=dtype).swapaxes(0, 1)
 
     def _allocate_obs(self, space: spaces.Space) -> np.ndarray:
         shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
-        if is_image_space(space) and shape[0] < min(shape[1:]):
+        if lies_channels_last(space):
             channels, height, width = shape
             return np.moveaxis(self._allocate((height, width, channels), space.dtype), -1, -3)
         return self._allocate(shape, space.dtype)
@@ -183,10 +187,14 @@ class ScratchRolloutBuffer(RolloutBuffer):
             if self.dist_params is None:
                 self.dist_params = self._allocate(tuple(dist_params.shape[1:]), np.float32)
             _store(self.dist_params[step], dist_params)
+        self._end_step(valid)
+
+    def _end_step(self, valid: np.ndarray | None) -> None:
+        """Note which of the step's rows are transitions, and go on to the next step."""
         if valid is not None and not valid.all():
             if self.valid is None:
                 self.valid = ~self._allocate((), bool)
-            self.valid[step] = valid
+            self.valid[self.pos] = valid
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -257,6 +265,12 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutData:  # type: ignore[override]
         return self.dataset().take(th.as_tensor(batch_inds, device=self.device))
+
+
+def lies_channels_last(space: spaces.Space) -> bool:
+    """Whether observations ``[channels, height, width]`` are stored ``[height, width, channels]``: images are."""
+    shape = get_obs_shape(space)
+    return is_image_space(space) and shape[0] < min(shape[1:])  # type: ignore[index, operator, type-var]  # a Dict is no image
 
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:

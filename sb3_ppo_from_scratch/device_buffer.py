@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
+from stable_baselines3.common.preprocessing import get_obs_shape
 
 from sb3_ppo_from_scratch.advantages import fill_gae
-from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, _store
+from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, _store, lies_channels_last
 from sb3_ppo_from_scratch.cuda_graph import Captured
 from sb3_ppo_from_scratch.transfer import Upload
 
@@ -67,29 +66,17 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
     returns = _fetched("returns")
     dist_params = _fetched("dist_params")
 
-    def __init__(
-        self,
-        buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        device: th.device | str = "auto",
-        gae_lambda: float = 1,
-        gamma: float = 0.99,
-        n_envs: int = 1,
-    ):
-        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
-        self.gae_lambda = gae_lambda
-        self.gamma = gamma
-        self.on_device: dict[str, Any] = {"observations": self._zeros_for(observation_space), "dist_params": None}
+    def _allocate_storage(self) -> None:
+        self.on_device: dict[str, Any] = {"observations": self._zeros_for(self.observation_space), "dist_params": None}
         """Storage ``[n_envs, n_steps, ...]``: environment by environment, so that its rows are the data set in SB3's order"""
         for name in _DECIDED_ON_DEVICE:
             self.on_device[name] = self._zeros()
-        self.actions = self._allocate((self.action_dim,), action_space.dtype)
+        self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
         self.rewards, self.episode_starts = self._allocate((), np.float32), self._allocate((), np.float32)
         self._uploads = {name: Upload(self._for_upload(name), self.device) for name in _KNOWN_ON_HOST}
         for name, upload in self._uploads.items():
             self.on_device[name] = upload.tensor
-        self._end = Upload(np.zeros((n_envs + 2,), np.float32), self.device)
+        self._end = Upload(np.zeros((self.n_envs + 2,), np.float32), self.device)
         self._last_values = self._zeros()[:, 0].clone()
         self._finite = th.ones((), dtype=th.bool, device=self.device)
         self._gae = Captured(self._fill_advantages, self.device)
@@ -97,7 +84,6 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
         self._obs_uploads: dict[str | None, Upload] = {}
         self._uploaded: Any = None
         self._uploaded_tensors: Any = None
-        self.reset()
 
     # ------------------------------------------------------------------ storage
 
@@ -109,7 +95,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
             return {key: self._zeros_for(each) for key, each in space.spaces.items()}
         shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
         dtype = th.from_numpy(np.empty(0, space.dtype)).dtype
-        if is_image_space(space) and shape[0] < min(shape[1:]):  # channels-last, as in the parent class
+        if lies_channels_last(space):
             channels, height, width = shape
             return self._zeros((height, width, channels), dtype).movedim(-1, -3)
         return self._zeros(shape, dtype)
@@ -184,12 +170,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
             if self.on_device["dist_params"] is None:
                 self.on_device["dist_params"] = self._zeros(tuple(dist_params.shape[1:]))
             self._put(self.on_device["dist_params"], dist_params)
-        if valid is not None and not valid.all():
-            if self.valid is None:
-                self.valid = ~self._allocate((), bool)
-            self.valid[step] = valid
-        self.pos += 1
-        self.full = self.pos == self.buffer_size
+        self._end_step(valid)
 
     def _put(self, storage: th.Tensor, source: th.Tensor) -> None:
         target = storage[:, self.pos]

@@ -16,6 +16,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch.engines import UpdateConfig
 
 
 class ToyEnv(gym.Env):
@@ -107,3 +108,19 @@ def assert_equal_runs(
         for key, value in reference.items():
             np.testing.assert_array_equal(mine[key], value, err_msg=key)
     return ours
+
+
+def update_config(**changes: Any) -> UpdateConfig:
+    """Two epochs of small minibatches."""
+    values: dict[str, Any] = {
+        "batch_size": 8,
+        "n_epochs": 2,
+        "clip_range": 0.2,
+        "clip_range_vf": None,
+        "normalize_advantage": True,
+        "ent_coef": 0.01,
+        "vf_coef": 0.5,
+        "max_grad_norm": 0.5,
+        "target_kl": None,
+    }
+    return UpdateConfig(**{**values, **changes})

@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer, engines
-from sb3_ppo_from_scratch.engines import UpdateConfig, make_engine
 from sb3_ppo_from_scratch.engines import cnn_engine as module
+from sb3_ppo_from_scratch.engines import make_engine
 from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, FrameLoader, OneDnnLinear, nature_features
 from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
-from tests.helpers import ToyEnv, train
+from tests.helpers import ToyEnv, train, update_config
 
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)  # NatureCNN takes nothing smaller
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2}
@@ -63,27 +63,12 @@ def full_buffer(policy: ActorCriticPolicy, n_steps: int = 10, n_envs: int = 3) -
     return buffer
 
 
-def config(**changes: Any) -> UpdateConfig:
-    values: dict[str, Any] = {
-        "batch_size": 8,
-        "n_epochs": 2,
-        "clip_range": 0.2,
-        "clip_range_vf": None,
-        "normalize_advantage": True,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-    }
-    return UpdateConfig(**{**values, **changes})
-
-
 def updated(engine: str, precision: str, options: dict[str, Any], **policy_kwargs: Any) -> tuple[ActorCriticPolicy, Any]:
     """One update on the same data in the same order by the given engine: the policy, and what was measured."""
     policy = make_policy(**policy_kwargs)
     buffer = full_buffer(policy)
     np.random.seed(11)
-    stats = make_engine(engine, policy, precision).update(buffer, config(**options))
+    stats = make_engine(engine, policy, precision).update(buffer, update_config(**options))
     return policy, stats
 
 
@@ -141,7 +126,7 @@ def test_gradient_is_the_references(actions: str, precision: str) -> None:
         batch = next(full_buffer(policy).get(30))
         engine = make_engine(name, policy, "fp32" if name == "torch" else precision)
         assert isinstance(engine, TorchEngine)
-        loss, _, backward = engine._autograd(batch, config(normalize_advantage=False))
+        loss, _, backward = engine._autograd(batch, update_config(normalize_advantage=False))
         backward()
         gradients.append({"loss": loss.total.detach(), **{key: p.grad for key, p in policy.named_parameters()}})
     for key, expected in gradients[0].items():
@@ -215,7 +200,7 @@ def test_images_that_are_already_normalized() -> None:
     engine = make_engine("channels_last", policy)
     obs = th.rand(4, 2, 36, 36)
     assert_close(engine.predict_values(obs), policy.predict_values(obs).detach(), FORWARD["fp32"], "values")
-    engine.update(full_buffer(policy), config())
+    engine.update(full_buffer(policy), update_config())
 
 
 def test_trains_as_the_reference_does() -> None:
@@ -305,7 +290,7 @@ def test_loss_is_computed_in_float32() -> None:
     policy = make_policy()
     engine = make_engine("channels_last", policy, "bf16")
     assert isinstance(engine, TorchEngine)
-    loss, dist_params, _ = engine._autograd(next(full_buffer(policy).get(8)), config())
+    loss, dist_params, _ = engine._autograd(next(full_buffer(policy).get(8)), update_config())
     assert {part.dtype for part in (*loss, dist_params)} == {th.float32}
 
 

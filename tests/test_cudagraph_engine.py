@@ -31,7 +31,7 @@ from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
 from sb3_ppo_from_scratch.losses import ppo_loss
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
-from tests.helpers import ToyEnv, train
+from tests.helpers import ToyEnv, train, update_config
 
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2}
@@ -81,21 +81,6 @@ def fill(policy: ActorCriticPolicy, buffer: ScratchRolloutBuffer, seed: int = 7,
 
 def make_buffer(policy: ActorCriticPolicy, kind: type[ScratchRolloutBuffer], n_steps: int = 10) -> ScratchRolloutBuffer:
     return kind(n_steps, policy.observation_space, policy.action_space, "cpu", n_envs=3)
-
-
-def config(**changes: Any) -> UpdateConfig:
-    values: dict[str, Any] = {
-        "batch_size": 8,
-        "n_epochs": 2,
-        "clip_range": 0.2,
-        "clip_range_vf": None,
-        "normalize_advantage": True,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-    }
-    return UpdateConfig(**{**values, **changes})
 
 
 class Updated:
@@ -179,13 +164,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("share_valid", [1.0, 0.7])
 def test_updates_are_the_references(kind: str, share_valid: float) -> None:
     """Truncated last minibatches, of one size or of another one each time."""
-    options: dict[str, Any] = {"configs": [config(), config()], "share_valid": share_valid, "kind": kind}
+    options: dict[str, Any] = {"configs": [update_config(), update_config()], "share_valid": share_valid, "kind": kind}
     assert_same_updates(Updated(False, **options), Updated(True, **options))
 
 
 @pytest.mark.parametrize("actions", ACTION_SPACES)
 def test_updates_of_all_action_spaces(actions: str, how: str) -> None:
-    options: dict[str, Any] = {"configs": [config()] * 2, "actions": actions, "share_valid": 0.8}
+    options: dict[str, Any] = {"configs": [update_config()] * 2, "actions": actions, "share_valid": 0.8}
     assert_same_updates(Updated(False, **options), Updated(True, **options))
 
 
@@ -205,20 +190,20 @@ def test_updates_of_all_action_spaces(actions: str, how: str) -> None:
     ],
 )
 def test_updates_over_the_arguments(options: dict[str, Any], optimizer: dict[str, Any], how: str) -> None:
-    run: dict[str, Any] = {"configs": [config(**options)] * 2, **optimizer}
+    run: dict[str, Any] = {"configs": [update_config(**options)] * 2, **optimizer}
     assert_same_updates(Updated(False, **run), Updated(True, **run))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_frames(precision: str, how: str) -> None:
-    options: dict[str, Any] = {"configs": [config()] * 2, "kind": "cnn", "share_valid": 0.8}
+    options: dict[str, Any] = {"configs": [update_config()] * 2, "kind": "cnn", "share_valid": 0.8}
     assert_same_updates(Updated(False, precision=precision, **options), Updated(True, **options), precision)
 
 
 def test_a_graph_serves_all_updates_whatever_the_schedules(how: str) -> None:
     """Coefficients change from update to update, the graph does not: they are numbers on the device."""
     configs = [
-        config(clip_range=c, ent_coef=e, vf_coef=v) for c, e, v in ((0.2, 0.0, 0.5), (0.1, 0.1, 0.2), (0.01, 0.05, 1.0))
+        update_config(clip_range=c, ent_coef=e, vf_coef=v) for c, e, v in ((0.2, 0.0, 0.5), (0.1, 0.1, 0.2), (0.01, 0.05, 1.0))
     ]
     options: dict[str, Any] = {"configs": configs, "learning_rates": (1e-3, 1e-2, 3e-3), "share_valid": 0.8}
     assert_same_updates(Updated(False, **options), Updated(True, **options))
@@ -229,11 +214,11 @@ def test_what_a_graph_holds_by_value_makes_another_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(learning, "Captured", EmulatedCapture)
     monkeypatch.setattr(EmulatedCapture, "made", 0)
     configs = [
-        config(),
-        config(normalize_advantage=False),
-        config(clip_range_vf=0.1),
-        config(batch_size=5),
-        config(n_epochs=3),
+        update_config(),
+        update_config(normalize_advantage=False),
+        update_config(clip_range_vf=0.1),
+        update_config(batch_size=5),
+        update_config(n_epochs=3),
     ]
     options: dict[str, Any] = {"configs": configs}
     assert_same_updates(Updated(False, **options), Updated(True, **options))
@@ -242,7 +227,7 @@ def test_what_a_graph_holds_by_value_makes_another_one(monkeypatch: pytest.Monke
 
 def test_a_loaded_optimizer_is_noticed(how: str) -> None:
     """``load_state_dict`` puts other tensors in the place of the moments."""
-    runs = [Updated(reference, [config()]) for reference in (False, True)]
+    runs = [Updated(reference, [update_config()]) for reference in (False, True)]
     for run in runs:
         buffer = run.engine._learner.buffer if run is runs[0] else make_buffer(run.policy, ScratchRolloutBuffer)
         fill(make_policy(), buffer)
@@ -252,7 +237,7 @@ def test_a_loaded_optimizer_is_noticed(how: str) -> None:
             state["step"] = state["step"] + 2
         run.policy.optimizer.load_state_dict(states)
         np.random.seed(1)
-        run.engine.update(buffer, config())
+        run.engine.update(buffer, update_config())
     for name, change in runs[0].changes.items():
         assert_close(change, runs[1].changes[name], UPDATE["fp32"], name)
     steps = [run.policy.optimizer.state[run.policy.value_net.bias]["step"] for run in runs]
@@ -265,7 +250,7 @@ def test_gradients_in_double_precision() -> None:
     buffer = make_buffer(policy, DeviceRolloutBuffer)
     assert isinstance(buffer, DeviceRolloutBuffer)
     fill(make_policy(actions="box-2d"), buffer)
-    options = config(batch_size=20, n_epochs=1, clip_range=0.05, max_grad_norm=1e9, clip_range_vf=0.3)
+    options = update_config(batch_size=20, n_epochs=1, clip_range=0.05, max_grad_norm=1e9, clip_range_vf=0.3)
     rows = np.random.RandomState(0).permutation(30)[:13]
 
     def heads(obs: Any) -> Any:  # the policy's own would make the observations float32
@@ -347,7 +332,7 @@ def test_padding_may_hold_anything_finite() -> None:
 @pytest.mark.parametrize("target_kl", [1e-6, 1e-4, 1e-3, 3e-3, 1.0])
 def test_stops_where_the_reference_stops(target_kl: float, how: str) -> None:
     """And draws no more permutations than it."""
-    options: dict[str, Any] = {"configs": [config(target_kl=target_kl, n_epochs=5)] * 2, "learning_rates": (3e-3,)}
+    options: dict[str, Any] = {"configs": [update_config(target_kl=target_kl, n_epochs=5)] * 2, "learning_rates": (3e-3,)}
     ours, theirs = Updated(False, **options), Updated(True, **options)
     assert_same_updates(ours, theirs)
     assert theirs.stats[0].stopped_early == (target_kl < 1.0)
@@ -382,7 +367,7 @@ def test_the_first_accident_ends_an_update(factor: float, what: str, monkeypatch
     spoil(monkeypatch, {5}, factor, what)
     np.random.seed(1)
     with pytest.raises(NonFiniteError, match=f"the {what} of a minibatch is not finite"):
-        CudaGraphEngine(policy).update(buffer, config(nan_policy="raise"))
+        CudaGraphEngine(policy).update(buffer, update_config(nan_policy="raise"))
     assert {float(state["step"]) for state in policy.optimizer.state.values()} == {5.0}
     sound = make_policy()
     np.random.seed(1)
@@ -393,7 +378,7 @@ def test_the_first_accident_ends_an_update(factor: float, what: str, monkeypatch
     engine = TorchEngine(sound)
     with engine._optimizer_step(0.5) as optimizer:
         for batch in five:
-            loss, _, backward = engine._autograd(batch, config())
+            loss, _, backward = engine._autograd(batch, update_config())
             optimizer.zero_grad()
             backward()
             optimizer.step(loss.total)
@@ -406,7 +391,7 @@ def test_accidents_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = make_buffer(policy, DeviceRolloutBuffer)
     fill(policy, buffer)
     spoil(monkeypatch, {2, 6}, float("nan"), "gradient")
-    stats = CudaGraphEngine(policy).update(buffer, config(nan_policy="skip"))
+    stats = CudaGraphEngine(policy).update(buffer, update_config(nan_policy="skip"))
     metrics = stats.metrics()
     assert (stats.skipped, stats.epochs) == (2, 2)
     assert all(np.isfinite(value) for value in metrics.values())
@@ -421,13 +406,13 @@ def test_an_update_without_a_step_leaves_no_state(monkeypatch: pytest.MonkeyPatc
     buffer = make_buffer(policy, DeviceRolloutBuffer)
     fill(policy, buffer)
     spoil(monkeypatch, set(range(100)), float("nan"), "loss")
-    stats = CudaGraphEngine(policy).update(buffer, config(nan_policy="skip"))
+    stats = CudaGraphEngine(policy).update(buffer, update_config(nan_policy="skip"))
     assert stats.skipped == 8
     assert stats.metrics() == {}
     assert not policy.optimizer.state
     assert all(th.equal(a, b) for a, b in zip(policy.parameters(), before, strict=True))
     monkeypatch.undo()
-    CudaGraphEngine(policy).update(buffer, config())
+    CudaGraphEngine(policy).update(buffer, update_config())
     assert {float(state["step"]) for state in policy.optimizer.state.values()} == {8.0}
 
 

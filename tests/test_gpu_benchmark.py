@@ -16,7 +16,7 @@ import pytest
 import torch as th
 
 from benchmarks import gpu, gpu_breakout, gpu_checks, gpu_profile
-from benchmarks.gpu import Contestant
+from benchmarks.cases import Contestant
 from benchmarks.gpu_checks import Check
 from benchmarks.gpu_profile import Busy, busy_time
 from benchmarks.tasks import Task, load_task

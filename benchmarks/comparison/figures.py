@@ -19,9 +19,8 @@ from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_ret
 
 __all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
 
-_STYLES: dict[
-    str, dict[str, Any]
-] = {  # Okabe and Ito's colours; SB3's line is wide, so that the reference shows on top where the two coincide
+# Okabe and Ito's colours; SB3's line is wide, so that the reference shows on top where the two coincide
+_STYLES: dict[str, dict[str, Any]] = {
     "sb3": {"color": "#D55E00", "linewidth": 5.0, "alpha": 0.45},
     "reference": {"color": "#000000", "linewidth": 1.3, "linestyle": (0, (4, 2))},
     "fast": {"color": "#0072B2", "linewidth": 2.0},

@@ -25,11 +25,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, sync_envs_normalization
 
-from benchmarks.cartpole import EVALUATION_SEED
 from benchmarks.cases import build
 from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
 from benchmarks.record import provenance
+from benchmarks.tasks import EVALUATION_SEED
 
 __all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "train", "weights_digest"]
 

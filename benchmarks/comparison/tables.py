@@ -203,7 +203,7 @@ def origins(records: Records) -> str:
         with_versions = ", ".join(f"{name} {number}" for name, number in versions.items())
         lines.append(
             f"- {made.count(origin)} runs at commit `{commit}` on {machine['cores']} cores of {machine['cpu']} "
-            f"({machine['system']}), one thread each: {with_versions}"
+            f"({machine['system']}), one thread each for torch and NumPy: {with_versions}"
         )
     return "\n".join(lines)
 
