@@ -269,8 +269,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
 def lies_channels_last(space: spaces.Space) -> bool:
     """Whether observations ``[channels, height, width]`` are stored ``[height, width, channels]``: images are."""
-    shape = get_obs_shape(space)
-    return is_image_space(space) and shape[0] < min(shape[1:])  # type: ignore[index, operator, type-var]  # a Dict is no image
+    shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
+    return is_image_space(space) and shape[0] < min(shape[1:])
 
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
