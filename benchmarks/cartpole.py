@@ -29,8 +29,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from benchmarks.evaluation import EVALUATION_SEED
 from benchmarks.record import RESULTS, ROOT, provenance, write_json
-from benchmarks.tasks import EVALUATION_SEED, HYPERPARAMETERS, Task, load_task
+from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 

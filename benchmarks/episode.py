@@ -30,9 +30,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.comparison.one_run import evaluation_env, weights_digest
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import model_path, record_path
+from benchmarks.evaluation import EVALUATION_SEED
 from benchmarks.options import number
 from benchmarks.record import RESULTS, provenance, write_json
-from benchmarks.tasks import EVALUATION_SEED
 from sb3_ppo_from_scratch import ScratchPPO
 
 __all__ = ["Episode", "main", "play", "write_gif"]

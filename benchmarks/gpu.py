@@ -5,10 +5,10 @@ One command checks and measures, and ends within the budget::
 
     python -m benchmarks.gpu --out runs/gpu
 
-``check`` or ``measure`` does one of the two. ``breakout`` is a whole training of 10 million steps, cut into as many commands
-as it takes: each ends within the budget with a checkpoint, and the next one goes on from there. The last one evaluates::
+``check`` or ``measure`` does one of the two. A whole training of 10 million steps, in as many commands as it takes, is
+:mod:`benchmarks.breakout`'s::
 
-    python -m benchmarks.gpu breakout --seed 1 --out runs/gpu
+    python -m benchmarks.breakout --device cuda --engine cudagraph --minutes 9 --out runs/breakout-gpu
 
 All of it needs a CUDA device, and says so where there is none.
 """
@@ -32,7 +32,6 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cases import Case, Contestant, build, make_env
-from benchmarks.gpu_breakout import train_breakout
 from benchmarks.gpu_checks import run_checks
 from benchmarks.gpu_profile import minibatch_profile, profiled
 from benchmarks.record import provenance, write_json
@@ -44,7 +43,7 @@ __all__ = ["Stopwatch", "contestants", "described", "environment_rate", "main", 
 
 Record = dict[str, Any]
 
-COMMANDS = ("all", "check", "measure", "breakout")
+COMMANDS = ("all", "check", "measure")
 ENV_ID = "BreakoutNoFrameskip-v4"
 _RESERVE = 45.0
 """Seconds of the budget that are left for starting, for what cannot be cut short, and for writing."""
@@ -229,11 +228,6 @@ def run(options: argparse.Namespace, deadline: float) -> bool:
     :param deadline: ``time.monotonic()`` by which to have ended
     :return: whether all checks passed
     """
-    if options.command == "breakout":
-        record = {**gpu_provenance(), **train_breakout(options, "cuda", deadline)}
-        write_json(options.out / f"breakout_seed{options.seed}.json", record)
-        print(json.dumps({key: value for key, value in record.items() if key != "curve"}, indent=2))
-        return True
     record, path = {**gpu_provenance(), "checks": [], "rows": []}, options.out / "gpu.json"
     if options.command in ("all", "check"):
         record["checks"] = [{**check._asdict(), "passed": check.passed} for check in run_checks(th.device("cuda"))]
@@ -268,14 +262,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32, 128], help="to measure with (%(default)s)")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="of native environments (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of models and environments (%(default)s)")
-    parser.add_argument("--timesteps", type=float, default=1e7, help="of breakout (%(default)g)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of breakout (%(default)s)")
-    parser.add_argument("--eval-episodes", type=int, default=100, help="of breakout, in the end (%(default)s)")
     options = parser.parse_args(arguments)
     if options.budget_seconds < 2 * _RESERVE:
         parser.error(f"--budget-seconds must be at least {2 * _RESERVE:g}, not {options.budget_seconds:g}")
-    if min(options.n_envs) < 1 or options.timesteps < 1 or options.eval_episodes < 1:
-        parser.error("--n-envs, --timesteps and --eval-episodes must be at least 1")
+    if min(options.n_envs) < 1:
+        parser.error("--n-envs must be at least 1")
     return options
 
 

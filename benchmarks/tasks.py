@@ -10,11 +10,9 @@ from rl_zoo3.utils import SimpleLinearSchedule
 
 from benchmarks.record import ROOT
 
-__all__ = ["EVALUATION_SEED", "HYPERPARAMETERS", "Task", "load_task"]
+__all__ = ["HYPERPARAMETERS", "Task", "load_task"]
 
 HYPERPARAMETERS = ROOT / "hyperparams" / "scratch_ppo.yml"
-EVALUATION_SEED = 1_000_000
-"""Far from the seeds that agents are trained with."""
 _OF_THE_ENVIRONMENT = ("env_wrapper", "frame_stack")
 
 

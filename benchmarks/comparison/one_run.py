@@ -28,8 +28,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 from benchmarks.cases import build
 from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
+from benchmarks.evaluation import EVALUATION_SEED
 from benchmarks.record import provenance
-from benchmarks.tasks import EVALUATION_SEED
 
 __all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "train", "weights_digest"]
 

@@ -1,0 +1,272 @@
+"""
+Breakout for 10 million steps with rl-zoo3's hyperparameters: one command that begins, or goes on where the last one ended.
+
+Ctrl-C, SIGTERM or ``--minutes`` end a command with a checkpoint; the same command goes on from there::
+
+    python -m benchmarks.breakout --out runs/breakout
+
+``record.json`` in the folder has every evaluation, every stretch of training games and every command with its commit and
+machine. The command that reaches the end writes the agent, ``model.zip``, and lets it play 100 games in SB3's own wrappers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+
+from benchmarks.evaluation import EVALUATION_SEED, evaluate
+from benchmarks.options import number
+from benchmarks.record import provenance, write_json
+from benchmarks.tasks import Task, load_task
+from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
+
+__all__ = ["ENV_ID", "Journal", "main", "parse_options", "train_breakout"]
+
+Record = dict[str, Any]
+
+ENV_ID = "BreakoutNoFrameskip-v4"
+PUBLISHED = {"rl-zoo3": (398.0, 33.0), "CleanRL": (414.7, 28.0)}
+"""Mean score after 10 million steps and its spread, as published by others."""
+_STRETCH = 20_000
+"""Timesteps whose games make one row of the learning curve."""
+_GAMES_AT_ONCE = 8
+_SECONDS_BETWEEN_LINES = 30.0
+_EVALUATION_MINUTES = 2.0
+"""What must be left of a command for it to play the last games as well."""
+
+
+class Journal(BaseCallback):
+    """
+    Writes down what happens, tells the progress, evaluates, and ends a command whose time is up at the next boundary.
+
+    :param path: of the record, which is brought up to date with each row
+    :param record: as it was read, or a new one
+    :param timesteps: of the whole training
+    :param eval_every: timesteps between evaluations
+    :param eval_episodes: whole games per evaluation; 0 for none
+    :param deadline: ``time.monotonic()`` at which to stop
+    :param checkpoint: what writes checkpoints, before this callback in the list
+    :param games: for evaluations, with raw rewards
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        record: Record,
+        timesteps: int,
+        eval_every: int,
+        eval_episodes: int,
+        deadline: float,
+        checkpoint: ResumableCheckpoint,
+        games: VecEnv,
+    ):
+        super().__init__()
+        self.path, self.record, self.timesteps = path, record, timesteps
+        self.eval_every, self.eval_episodes = eval_every, eval_episodes
+        self.deadline, self.checkpoint, self.games = deadline, checkpoint, games
+        self.stopped = False
+        """Whether there is something left to do."""
+        self._time_is_up = False
+        self._scores: list[float] = []
+        self._stretch_begun = 0
+        self._line_at = (0.0, 0)
+
+    def _on_training_start(self) -> None:
+        for name in ("training", "evaluations"):  # of a command that was killed after its last checkpoint
+            self.record[name] = [row for row in self.record[name] if row["timesteps"] <= self.num_timesteps]
+        self.record["sessions"][-1]["from"] = self._stretch_begun = self.num_timesteps
+        self._line_at = (time.monotonic(), self.num_timesteps)
+
+    def _on_rollout_start(self) -> None:
+        self.stopped = self._time_is_up  # the checkpoint of this boundary has been written
+        session = self.record["sessions"][-1]
+        session |= {"to": self.num_timesteps, "seconds": round(time.time() - session["started_at"], 1)}
+        if self.num_timesteps - self._stretch_begun >= _STRETCH:
+            self._note_stretch()
+        if self.eval_episodes and self.num_timesteps >= self.eval_every * (len(self.record["evaluations"]) + 1):
+            self.evaluate()
+        if time.monotonic() >= self._line_at[0] + _SECONDS_BETWEEN_LINES:
+            self._tell()
+
+    def _on_step(self) -> bool:
+        self._scores += [float(info["episode"]["r"]) for info in self.locals["infos"] if "episode" in info]
+        if not self._time_is_up and time.monotonic() >= self.deadline:
+            self._time_is_up = True
+            self.checkpoint.save_freq = 1
+        return not self.stopped
+
+    def _on_training_end(self) -> None:
+        self.record["sessions"][-1]["to"] = self.num_timesteps
+        self._note_stretch()
+        self._tell()
+
+    def _note_stretch(self) -> None:
+        """A row of the learning curve; games that last longer than a stretch count where they end."""
+        mean = round(statistics.fmean(self._scores), 3) if self._scores else None
+        self.record["training"].append({"timesteps": self.num_timesteps, "games": len(self._scores), "mean": mean})
+        self._scores, self._stretch_begun = [], self.num_timesteps
+        write_json(self.path, self.record)
+
+    def evaluate(self) -> None:
+        """Append a row of whole games with sampled actions, as rl-zoo3 plays Atari."""
+        seed = EVALUATION_SEED + _GAMES_AT_ONCE * len(self.record["evaluations"])
+        games = evaluate(self.model, self.games, self.eval_episodes, deterministic=False, env_seed=seed)
+        self.record["evaluations"].append(
+            {"timesteps": self.num_timesteps, "session": len(self.record["sessions"]) - 1, **games._asdict()}
+        )
+        write_json(self.path, self.record)
+        print(f"evaluation after {self.num_timesteps:,} steps: {described(games.returns)}", flush=True)
+
+    def _tell(self) -> None:
+        now, (then, steps) = time.monotonic(), self._line_at
+        fps = (self.num_timesteps - steps) / max(now - then, 1e-9)
+        left = timedelta(seconds=round(max(0, self.timesteps - self.num_timesteps) / fps)) if fps > 0 else "unknown time"
+        last = [info["r"] for info in self.model.ep_info_buffer or []]
+        score = f"{statistics.fmean(last):.1f}" if last else "none yet"
+        share = self.num_timesteps / self.timesteps
+        print(
+            f"{self.num_timesteps:,} of {self.timesteps:,} steps ({share:.1%}), {fps:.0f} steps/s, {left} left, "
+            f"mean score of the last {len(last)} games: {score}",
+            flush=True,
+        )
+        self._line_at = (now, self.num_timesteps)
+
+    def state_dict(self) -> None:
+        """The record is a file of its own, and the next command has a deadline of its own."""
+
+    def load_state_dict(self, state: None) -> None:
+        """Nothing, in turn."""
+
+
+def described(scores: list[float]) -> str:
+    """Mean, standard deviation and number of ``scores``, in words."""
+    return f"{statistics.fmean(scores):.1f} +- {statistics.pstdev(scores):.1f} over {len(scores)} games"
+
+
+def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Record:
+    """
+    Begin or go on, until the training is done or the time is up; the last command plays the final games.
+
+    :param options: of :func:`parse_options`
+    :param task: hyperparameters; ``None`` for rl-zoo3's
+    :return: the record, which is in the folder too; ``done`` tells whether there is nothing left to do
+    """
+    task = task or load_task("atari")
+    deadline = time.monotonic() + 60.0 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _new_record(options)
+    record["sessions"].append(_new_session(options))
+    checkpoint = ResumableCheckpoint(None, options.out / "checkpoints")
+    # the games' C++ cannot be saved: each command begins new ones
+    env = _games(task.n_envs, options.backend, options.seed + 1000 * (len(record["sessions"]) - 1))
+    games = _games(_GAMES_AT_ONCE, options.backend, EVALUATION_SEED, clip_reward=False)
+    timesteps = int(options.timesteps)
+    journal = Journal(path, record, timesteps, int(options.eval_every), options.eval_episodes, deadline, checkpoint, games)
+    callbacks: list[BaseCallback] = [checkpoint, journal]
+    try:
+        if has_checkpoint(options.out / "checkpoints"):
+            model = ScratchPPO.resume(options.out / "checkpoints", env, device=options.device)
+            print(f"going on after {model.num_timesteps:,} of {timesteps:,} steps", flush=True)
+            model.continue_learning(callbacks)
+        else:
+            choice = {name: getattr(options, name) for name in ("seed", "device", "engine", "precision")}
+            model = ScratchPPO(task.policy, env, **choice, **task.arguments)
+            model.learn(timesteps, callback=callbacks)
+        record["engine_used"] = model._current_engine().name
+    finally:  # a signal ends the program from within learn
+        write_json(path, record)
+        env.close()
+        games.close()
+    session = record["sessions"][-1]
+    in_time = session["to"] == session["from"] or time.monotonic() < deadline - 60.0 * _EVALUATION_MINUTES
+    if not journal.stopped and in_time:
+        record |= _final(model, options)
+        write_json(path, record)
+    return record
+
+
+def _games(n_envs: int, backend: str, seed: int, clip_reward: bool = True) -> VecEnv:
+    return make_native_atari_env(ENV_ID, n_envs, seed=seed, backend=backend, clip_reward=clip_reward)
+
+
+def _new_record(options: argparse.Namespace) -> Record:
+    choice = {name: getattr(options, name) for name in ("seed", "engine", "precision", "backend", "timesteps", "threads")}
+    return {**choice, "env": ENV_ID, "sessions": [], "training": [], "evaluations": [], "done": False}
+
+
+def _new_session(options: argparse.Namespace) -> Record:
+    """Where and with what a command ran; what it did is added as it happens."""
+    started = datetime.now(timezone.utc)
+    names = ("command", "commit", "machine", "versions", "torch_threads")
+    origin = provenance("benchmarks.breakout")
+    return {
+        **{name: origin[name] for name in names},
+        "device": options.device,
+        "started": started.isoformat(timespec="seconds"),
+        "started_at": started.timestamp(),
+    }
+
+
+def _final(model: ScratchPPO, options: argparse.Namespace) -> Record:
+    """Save the agent, and let it play by rl-zoo3's protocol: SB3's wrappers, whole games, raw rewards, sampled actions."""
+    path = options.out / "model.zip"
+    model.save(path)
+    env = VecFrameStack(make_atari_env(f"ale_py:{ENV_ID}", _GAMES_AT_ONCE, seed=EVALUATION_SEED), n_stack=4)
+    games = evaluate(model, env, options.final_episodes, deterministic=False)
+    env.close()
+    print(f"final evaluation: {described(games.returns)}", flush=True)
+    last = [float(info["r"]) for info in model.ep_info_buffer or []]
+    return {
+        "done": True,
+        "final": {"mean": statistics.fmean(games.returns), "std": statistics.pstdev(games.returns), **games._asdict()},
+        "last_training_games": {"mean": statistics.fmean(last) if last else None, "returns": last},
+        "model": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size},
+    }
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Of the command line.
+
+    :param arguments: ``None`` for those that the program was started with
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/breakout"), help="folder of the run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the run (%(default)s)")
+    parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
+    parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
+    parser.add_argument("--threads", type=number(int, 1), default=2, help="of torch, on a CPU (%(default)s)")
+    parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")
+    parser.add_argument("--timesteps", type=number(float, 1), default=1e7, help="of the whole training (%(default)g)")
+    parser.add_argument("--eval-every", type=number(float, 1), default=250_000, help="timesteps (%(default)s)")
+    parser.add_argument("--eval-episodes", type=number(int, 0), default=16, help="games per evaluation (%(default)s)")
+    parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Do what the command line says."""
+    options = parse_options()
+    th.set_num_threads(options.threads)
+    record = train_breakout(options)
+    if not record["done"]:
+        print("not done yet: the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()
