@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from benchmarks.cases import CASES, Case, Contestant, build, missing, scaled
 from benchmarks.record import provenance, write_json
 from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
+from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep, FusedStep
 
 Timings = dict[str, dict[str, float]]
 """Per part, per contestant: microseconds."""

@@ -21,11 +21,11 @@ from stable_baselines3.common.utils import ConstantSchedule
 
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines import Engine, UpdateConfig
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import ppo_loss
 
 __all__ = ["CHECKS", "Check", "count_waits", "exact_products", "run_checks"]

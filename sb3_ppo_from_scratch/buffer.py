@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_ours", "lies_channels_last", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_channels_last", "is_ours", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 
@@ -135,7 +135,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _allocate_obs(self, space: spaces.Space) -> np.ndarray:
         shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
-        if lies_channels_last(space):
+        if is_channels_last(space):
             channels, height, width = shape
             return np.moveaxis(self._allocate((height, width, channels), space.dtype), -1, -3)
         return self._allocate(shape, space.dtype)
@@ -210,6 +210,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self.rewards, self.values, self.episode_starts, last, dones, self.gamma, self.gae_lambda
         )
 
+    def is_known_finite(self) -> bool:
+        """Whether all numbers of the rollout are known to be finite; ``False`` where nobody has looked."""
+        return False
+
     def dataset(self, by_row: bool = False) -> RolloutData:
         """
         The rollout's ``n_steps * n_envs`` transitions in environment-major order, on the buffer's device.
@@ -267,7 +271,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         return self.dataset().take(th.as_tensor(batch_inds, device=self.device))
 
 
-def lies_channels_last(space: spaces.Space) -> bool:
+def is_channels_last(space: spaces.Space) -> bool:
     """Whether observations ``[channels, height, width]`` are stored ``[height, width, channels]``: images are."""
     shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
     return is_image_space(space) and shape[0] < min(shape[1:])

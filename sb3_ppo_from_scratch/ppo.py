@@ -27,24 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines import (
-    ENGINE_NAMES,
-    PRECISIONS,
-    Engine,
-    UpdateConfig,
-    engine_class,
-    has_bf16_instructions,
-    make_engine,
-)
-from sb3_ppo_from_scratch.env_failure import step_environments
-from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.guards import NAN_POLICIES, check_finite, check_rollout, check_step
-from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
-from sb3_ppo_from_scratch.safe_load import check_weights, safe_archive, weights_archive
-from sb3_ppo_from_scratch.stats import UpdateStats
-from sb3_ppo_from_scratch.validation import (
+from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_device,
     check_flag,
@@ -55,7 +38,24 @@ from sb3_ppo_from_scratch.validation import (
     errors_for_assertions,
     resolve_schedule,
 )
-from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mind_reset_rows, with_reset_rows
+from sb3_ppo_from_scratch.checks.finite import check_finite, check_rollout, check_step
+from sb3_ppo_from_scratch.engines import (
+    ENGINE_NAMES,
+    PRECISIONS,
+    Engine,
+    UpdateConfig,
+    engine_class,
+    has_bf16_instructions,
+    make_engine,
+)
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
+from sb3_ppo_from_scratch.safe_files.archive import check_weights, safe_archive, weights_archive
+from sb3_ppo_from_scratch.update import NAN_POLICIES, UpdateStats
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.failures import step_environments
 
 __all__ = ["ScratchPPO"]
 
@@ -89,7 +89,7 @@ class ScratchPPO(OnPolicyAlgorithm):
     :param use_sde: explore with generalized state-dependent noise (gSDE) instead of independent noise; Box actions only
     :param sde_sample_freq: steps between new gSDE noise matrices; -1 for one per rollout
     :param rollout_buffer_class: a subclass of SB3's ``RolloutBuffer``; ``None`` for the engine's own, which is
-        :class:`ScratchRolloutBuffer`, or :class:`~sb3_ppo_from_scratch.device_buffer.DeviceRolloutBuffer` for ``"cudagraph"``
+        :class:`ScratchRolloutBuffer`, or for ``"cudagraph"`` a ``DeviceRolloutBuffer``
     :param rollout_buffer_kwargs: more arguments for the rollout buffer
     :param target_kl: end an update when a minibatch's approximate KL (nats) exceeds 1.5 times it, above 0; ``None`` for never
     :param stats_window_size: episodes that logged means are taken over
@@ -205,7 +205,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             if verbose >= 1:
                 print("Wrapping the env in a NativeVecEnv.")
             env = NativeVecEnv(env)
-        return mind_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper))
+        return mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper))
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name not in self.policy_aliases:
@@ -610,7 +610,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfScratchPPO:
         """
-        A saved model, ours or SB3's. By default nothing that the file holds is run (:mod:`sb3_ppo_from_scratch.safe_load`).
+        A saved model, ours or SB3's. By default nothing that it holds is run (:mod:`sb3_ppo_from_scratch.safe_files.archive`).
 
         :param path: the file, with or without ``.zip``, or an open binary file
         :param env: the environments to go on with; ``None`` for a model that only predicts

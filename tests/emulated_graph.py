@@ -14,7 +14,7 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sb3_ppo_from_scratch.cuda_graph import Captured, unchanged_generator
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured, unchanged_generator
 
 # on CUDA each of these waits for the device, or copies from memory that a graph cannot hold
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "multinomial", "normal.Tensor")

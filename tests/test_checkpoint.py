@@ -31,7 +31,7 @@ from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model

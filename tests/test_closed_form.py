@@ -16,9 +16,9 @@ from torch import nn
 
 from sb3_ppo_from_scratch import MlpPolicy
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.engines.base import UpdateConfig
 from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.update import UpdateConfig
 
 VECTOR = spaces.Box(-1.0, 1.0, (4,))
 widths = st.lists(st.sampled_from([2, 3, 7, 16, 64, 65]), max_size=3)

@@ -17,10 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from benchmarks.gpu_checks import CHECKS, count_waits, exact_products
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
-from sb3_ppo_from_scratch.cuda_graph import Captured, unchanged_generator
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
-from sb3_ppo_from_scratch.transfer import Upload
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured, unchanged_generator
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 from tests.helpers import ToyEnv
 
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device; none was available")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ppo_from_scratch import cuda_graph, transfer
-from sb3_ppo_from_scratch.cuda_graph import Captured, unchanged_generator
-from sb3_ppo_from_scratch.transfer import Upload
+from sb3_ppo_from_scratch.engines.cudagraph import cuda_graph, transfer
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured, unchanged_generator
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 from tests.emulated_graph import EmulatedGraph
 
 

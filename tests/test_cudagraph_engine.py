@@ -23,11 +23,11 @@ from torch import nn
 
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines import UpdateConfig, make_engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.padding import normalize_rows, padded_ppo_loss
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import ppo_loss
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES

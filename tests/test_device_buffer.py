@@ -14,12 +14,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, device_buffer
+from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.advantages import compute_gae, fill_gae
-from sb3_ppo_from_scratch.cuda_graph import Captured
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.guards import check_rollout
-from sb3_ppo_from_scratch.transfer import Upload
+from sb3_ppo_from_scratch.checks.finite import check_rollout
+from sb3_ppo_from_scratch.engines.cudagraph import device_buffer
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, train
@@ -168,14 +169,14 @@ def test_gamma_may_change_between_rollouts(capture: type[Captured], monkeypatch:
 @pytest.mark.parametrize("name", ["values", "log_probs", "rewards"])
 def test_what_is_not_finite_is_found_with_one_question(name: str) -> None:
     _, buffer = pair()
-    assert buffer.all_finite()
+    assert buffer.is_known_finite()
     check_rollout(buffer)
     if name == "rewards":
         buffer.rewards[2, 1] = np.inf
     else:
         buffer.on_device[name][1, 2] = np.nan
     buffer.compute_returns_and_advantage(th.zeros(N_ENVS), np.zeros(N_ENVS, bool))
-    assert not buffer.all_finite()
+    assert not buffer.is_known_finite()
     with pytest.raises(NonFiniteError, match=rf"(values|{name}) is not finite .* in environment 1 at step 2|{name}"):
         check_rollout(buffer)
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
-from sb3_ppo_from_scratch.optimizer import ClippedStep
+from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep
 from tests.helpers import ToyEnv
 
 NAN, INF = float("nan"), float("inf")
@@ -264,8 +264,8 @@ def test_a_loss_beyond_float32_changes_nothing(engine: str) -> None:
 @pytest.mark.parametrize("nan_policy", ["raise", "skip"])
 def test_where_the_host_must_not_wait(nan_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of other devices, on the CPU: a step is undone on the device, the host learns of it with the metrics."""
-    monkeypatch.setattr("sb3_ppo_from_scratch.optimizer.reading_waits", lambda tensor: True)
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.torch_engine.reading_waits", lambda tensor: True)
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.optimizer.reading_waits", lambda tensor: True)
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.engine.reading_waits", lambda tensor: True)
     model = model_of(Failing, batch_size=4, nan_policy=nan_policy)
     spoiler = Spoiler(model, {5}, NAN, monkeypatch, "gradient")
     if nan_policy == "raise":
@@ -281,8 +281,8 @@ def test_where_the_host_must_not_wait(nan_policy: str, monkeypatch: pytest.Monke
 
 def test_a_run_without_accidents_is_the_same_wherever_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = model_of(Failing).learn(64)
-    monkeypatch.setattr("sb3_ppo_from_scratch.optimizer.reading_waits", lambda tensor: True)
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.torch_engine.reading_waits", lambda tensor: True)
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.optimizer.reading_waits", lambda tensor: True)
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.engine.reading_waits", lambda tensor: True)
     assert_unchanged(model_of(Failing, nan_policy="skip").learn(64), state_of(asked))
 
 

@@ -32,7 +32,7 @@ from sb3_ppo_from_scratch.engines import UpdateConfig, engine_class
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv

@@ -22,7 +22,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, ScratchRolloutBuffer, SharedMlpPolicy
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from tests.helpers import ToyEnv
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "device": "cpu"}

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import ConstantSchedule
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from tests.envs import ClockEnv
 

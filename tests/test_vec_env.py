@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines import Engine, PolicyStep
-from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mind_reset_rows, with_reset_rows
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES, ClockEnv
 from tests.helpers import ToyEnv
 
@@ -386,7 +386,7 @@ def test_sb3s_wrappers_show_what_they_show_over_dummy(name: str, mode: Autoreset
     ``DummyVecEnv`` has entered the statistics by then: one observation out of all so far.
     """
     theirs = WRAPPERS[name](dummy(env_fns(n=1)))
-    ours = mind_reset_rows(WRAPPERS[name](NativeVecEnv(SyncVectorEnv(env_fns(n=1), autoreset_mode=mode))))
+    ours = mask_reset_rows(WRAPPERS[name](NativeVecEnv(SyncVectorEnv(env_fns(n=1), autoreset_mode=mode))))
     ends = 0
     for t, (mine, reference) in enumerate(zip(play(ours, 100), play(theirs, 100), strict=True)):
         (*mine, final), (*reference, their_final) = mine, reference
@@ -401,7 +401,7 @@ def test_sb3s_wrappers_show_what_they_show_over_dummy(name: str, mode: Autoreset
 
 def test_statistics_of_several_environments_are_those_of_their_transitions() -> None:
     """The same numbers go in; the batches in which they come differ, and so may the rounding."""
-    env = mind_reset_rows(VecNormalize(NativeVecEnv(SyncVectorEnv(env_fns())), gamma=0.9))
+    env = mask_reset_rows(VecNormalize(NativeVecEnv(SyncVectorEnv(env_fns())), gamma=0.9))
     native = with_reset_rows(env)
     assert native is not None
     env.seed(3)
@@ -442,8 +442,8 @@ def test_wrappers_elsewhere_are_left_alone() -> None:
         pass
 
     for env in (VecNormalize(dummy(env_fns())), VecNormalize(NativeVecEnv(clocks(AutoresetMode.SAME_STEP)))):
-        assert type(mind_reset_rows(env)) is VecNormalize
-    assert type(mind_reset_rows(Mine(NativeVecEnv(clocks())))) is Mine
+        assert type(mask_reset_rows(env)) is VecNormalize
+    assert type(mask_reset_rows(Mine(NativeVecEnv(clocks())))) is Mine
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -451,7 +451,7 @@ def test_wrappers_elsewhere_are_left_alone() -> None:
 @pytest.mark.filterwarnings("ignore:The environment is already wrapped")
 @pytest.mark.filterwarnings("error:Evaluation environment")
 def test_evaluation_counts_episodes_and_their_transitions(mode: AutoresetMode, wrapper: Callable[[VecEnv], VecEnv]) -> None:
-    env = mind_reset_rows(wrapper(NativeVecEnv(clocks(mode, n=3, length=4))))
+    env = mask_reset_rows(wrapper(NativeVecEnv(clocks(mode, n=3, length=4))))
     model = ScratchPPO("MlpPolicy", clocks(), n_steps=8, batch_size=8, device="cpu")
     returns, lengths = evaluate_policy(model, env, n_eval_episodes=7, return_episode_rewards=True)
     assert returns == [4.0] * 7

@@ -341,7 +341,8 @@ def test_optimize_finishes_and_its_trials_can_be_trained(tmp_path):
 def test_a_trial_whose_environment_fails_is_pruned_where_the_zoo_would_prune_it(cause, pruned, monkeypatch):
     import optuna
 
-    from sb3_ppo_from_scratch import EnvFailedError, zoo_resume
+    from sb3_ppo_from_scratch import EnvFailedError
+    from sb3_ppo_from_scratch.zoo import resume as zoo_resume
 
     def fail(self, trial):
         raise EnvFailedError("environment 0 failed", 0) from cause

@@ -16,8 +16,8 @@ import yaml
 pytest.importorskip("rl_zoo3", reason="the zoo is optional: pip install 'sb3-ppo-from-scratch[zoo]'")
 
 from sb3_ppo_from_scratch import UnsafeFileError
-from sb3_ppo_from_scratch.safe_load import read_archive
-from sb3_ppo_from_scratch.zoo_files import ConfigLoader
+from sb3_ppo_from_scratch.safe_files.archive import read_archive
+from sb3_ppo_from_scratch.zoo.safe_yaml import ConfigLoader
 from tests.test_safe_load import Calls, with_fields
 from tests.test_zoo import CARTPOLE, zoo
 

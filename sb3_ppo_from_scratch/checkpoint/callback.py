@@ -17,8 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_from_scratch.checkpoint.files import checkpoint_files, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.run_state import all_callbacks, capture_run
-from sb3_ppo_from_scratch.env_failure import EnvFailedError, end_workers, explain_failure, watch_workers
-from sb3_ppo_from_scratch.validation import check_integer
+from sb3_ppo_from_scratch.checks.arguments import check_integer
+from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError, end_workers, explain_failure, watch_workers
 
 if TYPE_CHECKING:
     from sb3_ppo_from_scratch.ppo import ScratchPPO

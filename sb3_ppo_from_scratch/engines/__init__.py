@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep, UpdateConfig
-from sb3_ppo_from_scratch.engines.cnn_engine import ChannelsLastEngine, has_bf16_instructions
+from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
+from sb3_ppo_from_scratch.engines.channels_last.engine import ChannelsLastEngine, has_bf16_instructions
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.update import UpdateConfig
 
 __all__ = [
     "ENGINE_NAMES",

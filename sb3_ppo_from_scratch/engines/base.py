@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,9 +12,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
-from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats
 
-__all__ = ["NAN_MESSAGE", "Engine", "PolicyStep", "UpdateConfig"]
+__all__ = ["NAN_MESSAGE", "Engine", "PolicyStep"]
 
 NAN_MESSAGE = (
     "the policy's action probabilities are NaN: check observations and rewards for NaN and for very large values, and try a "
@@ -34,23 +33,6 @@ class PolicyStep(NamedTuple):
     """``[n_envs]``"""
     dist_params: th.Tensor | None
     """``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`"""
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """One update's coefficients, schedules already resolved. The learning rate stands in ``policy.optimizer``."""
-
-    batch_size: int
-    n_epochs: int
-    clip_range: float
-    clip_range_vf: float | None
-    normalize_advantage: bool
-    ent_coef: float
-    vf_coef: float
-    max_grad_norm: float
-    target_kl: float | None
-    nan_policy: str = "raise"
-    """``"raise"`` or ``"skip"``, for a minibatch whose loss or gradient is not finite"""
 
 
 class Engine(ABC):
@@ -120,6 +102,6 @@ class Engine(ABC):
         :param buffer: full, with advantages and returns
         :param config: this update's coefficients
         :raises NonFiniteError: before a step along a gradient that is not finite (``nan_policy="raise"``): engines pass each
-            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.guards.accept`, or leave it out and count
+            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.update.accept`, or leave it out and count
             it (``"skip"``). Where asking would make the host wait, the step is undone, and the error comes after the update.
         """

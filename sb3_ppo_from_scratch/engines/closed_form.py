@@ -3,7 +3,7 @@ The gradient of PPO's loss written out for ``MlpPolicy`` with Discrete actions: 
 
 Small networks spend most of an update in the bookkeeping of autograd, not in arithmetic. Here the same torch kernels are
 called on the same numbers in the same order, so every bit is the same as autograd's (``tests/test_equality.py``), without a
-graph. Whatever is not exactly this kind of network goes through autograd (:mod:`sb3_ppo_from_scratch.engines.torch_engine`).
+graph. Whatever is not exactly this kind of network goes through autograd.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from sb3_ppo_from_scratch.vec_env.atari import ATARI_BACKENDS, NativeAtariEnv, make_native_atari_env
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
-from sb3_ppo_from_scratch.vec_env.wrappers import mind_reset_rows, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.wrappers import mask_reset_rows, with_reset_rows
 
 __all__ = [
     "ATARI_BACKENDS",
     "NativeAtariEnv",
     "NativeVecEnv",
     "make_native_atari_env",
-    "mind_reset_rows",
+    "mask_reset_rows",
     "with_reset_rows",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_ppo_from_scratch.validation import check_flag, check_integer, check_number
+from sb3_ppo_from_scratch.checks.arguments import check_flag, check_integer, check_number
 from sb3_ppo_from_scratch.vec_env.native import Infos, NativeVecEnv
 
 __all__ = ["ATARI_BACKENDS", "NativeAtariEnv", "make_native_atari_env"]

@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 
-__all__ = ["mind_reset_rows", "with_reset_rows"]
+__all__ = ["mask_reset_rows", "with_reset_rows"]
 
 
 def with_reset_rows(env: VecEnv) -> NativeVecEnv | None:
@@ -19,7 +19,7 @@ def with_reset_rows(env: VecEnv) -> NativeVecEnv | None:
     return native if isinstance(native, NativeVecEnv) and native.has_reset_rows else None
 
 
-def mind_reset_rows(env: VecEnv) -> VecEnv:
+def mask_reset_rows(env: VecEnv) -> VecEnv:
     """
     Teach SB3's ``VecNormalize``, ``VecMonitor`` and ``VecFrameStack`` around a :class:`NativeVecEnv` about its reset rows.
 
@@ -104,7 +104,7 @@ class _MindfulVecFrameStack(VecFrameStack):
 
 def _native(env: VecEnv) -> NativeVecEnv:
     native = with_reset_rows(env)
-    assert native is not None, "mind_reset_rows changes wrappers only around environments with reset rows"
+    assert native is not None, "mask_reset_rows changes wrappers only around environments with reset rows"
     return native
 
 

@@ -7,8 +7,8 @@ The engine of one GPU: policy step and minibatch step as plain functions over st
 - :mod:`~sb3_ppo_from_scratch.engines.cudagraph.padding`: the loss of a minibatch of which some rows do not count
 - :mod:`~sb3_ppo_from_scratch.engines.cudagraph.engine`: the engine, which puts them together
 
-Advantages are the third such function, in :mod:`sb3_ppo_from_scratch.device_buffer`. All of them run on a CPU as well, called
-instead of replayed; that is how they are tested.
+Advantages are the third such function, in :mod:`~sb3_ppo_from_scratch.engines.cudagraph.device_buffer`. All of them run on a
+CPU as well, called instead of replayed; that is how they are tested.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution, MultiCategoricalDistribution
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ppo_from_scratch.cuda_graph import Captured, unchanged_generator
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, PolicyStep
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured, unchanged_generator
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import page_locked
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.transfer import page_locked
 
 __all__ = ["Heads", "Player", "sample"]
 

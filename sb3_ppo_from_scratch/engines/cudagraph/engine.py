@@ -13,14 +13,14 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.buffer import is_ours
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines.base import PolicyStep, UpdateConfig
-from sb3_ppo_from_scratch.engines.cnn_engine import is_as_built, nature_features
+from sb3_ppo_from_scratch.engines.base import PolicyStep
+from sb3_ppo_from_scratch.engines.channels_last.engine import is_as_built, nature_features
 from sb3_ppo_from_scratch.engines.cudagraph import support
 from sb3_ppo_from_scratch.engines.cudagraph.acting import Player
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
-from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats
 
 __all__ = ["CudaGraphEngine"]
 

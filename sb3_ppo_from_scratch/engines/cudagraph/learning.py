@@ -18,16 +18,14 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.cuda_graph import Captured
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
-from sb3_ppo_from_scratch.engines.base import UpdateConfig
 from sb3_ppo_from_scratch.engines.cudagraph.acting import Heads
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.padding import mean_of_rows, normalize_rows, padded_ppo_loss
-from sb3_ppo_from_scratch.guards import accept
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 from sb3_ppo_from_scratch.losses import PPOLoss
-from sb3_ppo_from_scratch.stats import UpdateStats
-from sb3_ppo_from_scratch.transfer import Upload
+from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats, accept
 
 __all__ = ["Learner", "draw_plan", "read_log"]
 

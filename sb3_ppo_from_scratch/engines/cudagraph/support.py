@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from torch import nn
 
 from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
-from sb3_ppo_from_scratch.optimizer import FusedStep
+from sb3_ppo_from_scratch.engines.reference.optimizer import FusedStep
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 
 __all__ = ["device_reason", "unsupported_reason"]

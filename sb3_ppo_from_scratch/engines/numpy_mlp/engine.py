@@ -28,7 +28,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ppo_from_scratch.buffer import is_ours
-from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import modified_reason
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
@@ -36,10 +36,9 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, OutputGradients, 
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, Layers, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.guards import accept
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
-from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats, accept
 
 __all__ = ["NumpyEngine"]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.engines.base import UpdateConfig
 from sb3_ppo_from_scratch.losses import PPOLoss
+from sb3_ppo_from_scratch.update import UpdateConfig
 
 __all__ = ["Batch", "OutputGradients", "normalized", "ppo_gradient"]
 

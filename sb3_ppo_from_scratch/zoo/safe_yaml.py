@@ -18,8 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_from_scratch.errors import UnsafeFileError
-from sb3_ppo_from_scratch.safe_load import load_vec_normalize
-from sb3_ppo_from_scratch.safe_pickle import safe_call, safe_name
+from sb3_ppo_from_scratch.safe_files.archive import load_vec_normalize
+from sb3_ppo_from_scratch.safe_files.unpickler import safe_call, safe_name
 
 __all__ = ["ConfigLoader", "read_safely"]
 
@@ -36,7 +36,7 @@ def read_safely() -> None:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """Plain YAML, and of Python's objects those that stand in :data:`sb3_ppo_from_scratch.safe_pickle.ALLOWED`."""
+    """Plain YAML, and of Python's objects those that stand in :data:`sb3_ppo_from_scratch.safe_files.unpickler.ALLOWED`."""
 
     def get_single_data(self) -> Any:
         """

@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim.adam import adam
 
-from sb3_ppo_from_scratch.guards import reading_waits
+from sb3_ppo_from_scratch.update import reading_waits
 
 __all__ = ["ClippedStep", "FusedStep"]
 

@@ -10,17 +10,12 @@ import math
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_from_scratch.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.stats import UpdateStats
 
-__all__ = ["NAN_POLICIES", "accept", "check_finite", "check_rollout", "check_step", "reading_waits"]
-
-NAN_POLICIES = ("raise", "skip")
-"""What may happen to a minibatch whose loss or gradient is not finite."""
+__all__ = ["check_finite", "check_rollout", "check_step"]
 
 _CAUSES = {
     "environment": "the environment divides by zero or overflows, or its observations need VecNormalize(clip_obs=...)",
@@ -41,30 +36,6 @@ def check_finite(name: str, value: float) -> None:
             f"the {name} of a minibatch is not finite ({value}). No step was taken on it; the model is as it was before. "
             f"Likely causes: {_CAUSES['update']}; nan_policy='skip' leaves out such minibatches",
         )
-
-
-def accept(name: str, value: float, nan_policy: str, stats: UpdateStats) -> bool:
-    """
-    For engines: called with a minibatch's loss and with its gradient's norm, before a step is taken.
-
-    :param name: ``"loss"`` or ``"gradient"``
-    :param value: the number
-    :param nan_policy: one of :data:`NAN_POLICIES`
-    :param stats: where a minibatch that is to be left out is counted
-    :return: whether to go on with the minibatch
-    :raises NonFiniteError: with ``"raise"``, if the number is NaN or infinite
-    """
-    if math.isfinite(value):
-        return True
-    if nan_policy == "raise":
-        check_finite(name, value)
-    stats.skipped += 1
-    return False
-
-
-def reading_waits(tensor: th.Tensor) -> bool:
-    """Whether reading a number from ``tensor`` makes the host wait for a device. Then what is checked, is checked there."""
-    return tensor.device.type != "cpu"
 
 
 def check_step(observations: np.ndarray | dict[str, np.ndarray], rewards: np.ndarray | None, step: int) -> None:
@@ -97,8 +68,8 @@ def check_rollout(buffer: RolloutBuffer) -> None:
     :param buffer: full, its arrays ``[n_steps, n_envs]``
     :raises NonFiniteError: naming the tensor, the environment and the step
     """
-    if isinstance(buffer, DeviceRolloutBuffer) and buffer.all_finite():
-        return  # its arrays would have to be fetched, to see the same
+    if isinstance(buffer, ScratchRolloutBuffer) and buffer.is_known_finite():
+        return
     for name in ("values", "log_probs", "rewards", "advantages", "returns"):
         array: Any = getattr(buffer, name, None)  # a class of the user's may keep others
         if isinstance(array, np.ndarray) and not np.isfinite(array).all():

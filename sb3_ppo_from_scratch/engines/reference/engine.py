@@ -20,13 +20,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, mean_kl
-from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep, UpdateConfig
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.closed_form import ClosedFormMlp, head_gradient
+from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.guards import accept, reading_waits
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
-from sb3_ppo_from_scratch.optimizer import ClippedStep
-from sb3_ppo_from_scratch.stats import UpdateStats
+from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats, accept, reading_waits
 
 __all__ = ["TorchEngine"]
 

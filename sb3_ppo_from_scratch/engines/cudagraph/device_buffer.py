@@ -15,9 +15,9 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
 
 from sb3_ppo_from_scratch.advantages import fill_gae
-from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, _store, lies_channels_last
-from sb3_ppo_from_scratch.cuda_graph import Captured
-from sb3_ppo_from_scratch.transfer import Upload
+from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, _store, is_channels_last
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
+from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 
 __all__ = ["DeviceRolloutBuffer"]
 
@@ -95,7 +95,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
             return {key: self._zeros_for(each) for key, each in space.spaces.items()}
         shape: tuple[int, ...] = get_obs_shape(space)  # type: ignore[assignment]  # a Dict does not nest
         dtype = th.from_numpy(np.empty(0, space.dtype)).dtype
-        if lies_channels_last(space):
+        if is_channels_last(space):
             channels, height, width = shape
             return self._zeros((height, width, channels), dtype).movedim(-1, -3)
         return self._zeros(shape, dtype)
@@ -206,7 +206,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
         finite = th.stack([th.isfinite(self.on_device[name]).all() for name in ("rewards", *_DECIDED_ON_DEVICE)])
         self._finite.copy_(finite.all())
 
-    def all_finite(self) -> bool:
+    def is_known_finite(self) -> bool:
         """Whether rewards, values, log-probabilities, advantages and returns are; waits for the device, once for all."""
         return bool(self._finite.item())
 

@@ -91,7 +91,7 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
 
 def hyperparams_file() -> Path:
     """Our hyperparameters: inside the package once it is installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed = package / "hyperparams"
     return (installed if installed.is_dir() else package.parent / "hyperparams") / f"{ALGO}.yml"
 
@@ -126,10 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     if trusting:
         _trust_files()
     else:
-        importlib.import_module("sb3_ppo_from_scratch.zoo_files").read_safely()  # it needs the extra
+        importlib.import_module("sb3_ppo_from_scratch.zoo.safe_yaml").read_safely()  # it needs the extra
     if script == "train":
-        importlib.import_module("sb3_ppo_from_scratch.zoo_native").offer_native_environments()  # it imports the zoo
-        importlib.import_module("sb3_ppo_from_scratch.zoo_resume").offer_resuming()  # so does it
+        importlib.import_module("sb3_ppo_from_scratch.zoo.native").offer_native_environments()  # it imports the zoo
+        importlib.import_module("sb3_ppo_from_scratch.zoo.resume").offer_resuming()  # so does it
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
     if script == "push_to_hub":
@@ -251,7 +251,3 @@ def _name_us_on_model_cards() -> None:
         save(card, data)
 
     repocard.metadata_save = save_with_our_name
-
-
-if __name__ == "__main__":
-    main()

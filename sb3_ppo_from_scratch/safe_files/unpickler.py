@@ -25,7 +25,7 @@ import numpy as np
 import torch as th
 
 from sb3_ppo_from_scratch.errors import UnsafeFileError
-from sb3_ppo_from_scratch.old_schedules import (
+from sb3_ppo_from_scratch.safe_files.old_schedules import (
     OldFunction,
     make_cell,
     make_code,
@@ -188,7 +188,7 @@ ALLOWED: tuple[Allowed, ...] = (
             "policy_kwargs: optimizer_class"),
     Allowed("stable_baselines3.common.buffers", ("RolloutBuffer", "DictRolloutBuffer"), NAMED, "rollout_buffer_class"),
     Allowed("sb3_ppo_from_scratch.buffer", ("ScratchRolloutBuffer",), NAMED, "rollout_buffer_class"),
-    Allowed("sb3_ppo_from_scratch.device_buffer", ("DeviceRolloutBuffer",), NAMED, "rollout_buffer_class"),
+    Allowed("sb3_ppo_from_scratch.engines.cudagraph.device_buffer", ("DeviceRolloutBuffer",), NAMED, "rollout_buffer_class"),
     # spaces, schedules, statistics
     Allowed("gymnasium.spaces.box", ("Box",), BUILT, "spaces"),
     Allowed("gymnasium.spaces.discrete", ("Discrete",), BUILT, "spaces"),
@@ -242,6 +242,7 @@ _RENAMED = {
     "numpy.core.": "numpy._core.",
     "pathlib._local": "pathlib",
     "cloudpickle.cloudpickle_fast": "cloudpickle.cloudpickle",
+    "sb3_ppo_from_scratch.device_buffer": "sb3_ppo_from_scratch.engines.cudagraph.device_buffer",
 }
 """Beginnings of module names in files of other versions, and what they are called in the table."""
 

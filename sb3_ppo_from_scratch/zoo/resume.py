@@ -12,9 +12,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
-from sb3_ppo_from_scratch.env_failure import EnvFailedError
 from sb3_ppo_from_scratch.ppo import ScratchPPO
-from sb3_ppo_from_scratch.zoo_native import NativeExperimentManager
+from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError
+from sb3_ppo_from_scratch.zoo.native import NativeExperimentManager
 
 __all__ = ["ResumableExperimentManager", "offer_resuming"]
 

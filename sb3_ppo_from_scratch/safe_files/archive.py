@@ -1,8 +1,8 @@
 """
 Reading model files without running anything that they hold.
 
-SB3's files keep most of a model as pickles; :mod:`sb3_ppo_from_scratch.safe_pickle` reads those. The archive around them is
-checked before anything is inflated, and everything is read into memory once: what was checked is what is used.
+SB3's files keep most of a model as pickles; :mod:`sb3_ppo_from_scratch.safe_files.unpickler` reads those. The archive around
+them is checked before anything is inflated, and everything is read into memory once: what was checked is what is used.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_ppo_from_scratch.checks.arguments import errors_for_assertions
 from sb3_ppo_from_scratch.errors import UnsafeFileError
-from sb3_ppo_from_scratch.safe_pickle import load_torch, safe_loads
-from sb3_ppo_from_scratch.validation import errors_for_assertions
+from sb3_ppo_from_scratch.safe_files.unpickler import load_torch, safe_loads
 
 __all__ = [
     "check_weights",

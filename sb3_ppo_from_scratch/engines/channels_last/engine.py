@@ -4,7 +4,7 @@
 Four things make it faster. Frames stay channels-last bytes from the rollout buffer to the first convolution, so that nothing
 is ever transposed. The two arrays that a minibatch's frames pass through are allocated once per update, for fresh memory costs
 more than what is written into it. The linear layer's products are oneDNN's, as the convolutions' are (:class:`OneDnnLinear`).
-And Adam takes one pass (:class:`sb3_ppo_from_scratch.optimizer.FusedStep`).
+And Adam takes one pass (:class:`sb3_ppo_from_scratch.engines.reference.optimizer.FusedStep`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
 from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
-from sb3_ppo_from_scratch.engines.torch_engine import TorchEngine
-from sb3_ppo_from_scratch.optimizer import ClippedStep, FusedStep
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep, FusedStep
 
 __all__ = ["ChannelsLastEngine", "OneDnnLinear", "has_bf16_instructions", "is_as_built", "nature_features"]
 

@@ -8,9 +8,30 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch as th
 
+from sb3_ppo_from_scratch.checks.finite import check_finite
 from sb3_ppo_from_scratch.losses import PPOLoss
 
-__all__ = ["UpdateStats"]
+__all__ = ["NAN_POLICIES", "UpdateConfig", "UpdateStats", "accept", "reading_waits"]
+
+NAN_POLICIES = ("raise", "skip")
+"""What may happen to a minibatch whose loss or gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """One update's coefficients, schedules already resolved. The learning rate stands in ``policy.optimizer``."""
+
+    batch_size: int
+    n_epochs: int
+    clip_range: float
+    clip_range_vf: float | None
+    normalize_advantage: bool
+    ent_coef: float
+    vf_coef: float
+    max_grad_norm: float
+    target_kl: float | None
+    nan_policy: str = "raise"
+    """``"raise"`` or ``"skip"``, for a minibatch whose loss or gradient is not finite"""
 
 
 @dataclass
@@ -90,3 +111,27 @@ def _fetch(rows: list[tuple[th.Tensor | float, ...]]) -> np.ndarray:
     like = rows[0][0].detach()
     scalars = [[x.detach() if isinstance(x, th.Tensor) else th.full_like(like, x) for x in row] for row in rows]
     return th.stack([th.stack(row) for row in scalars]).cpu().numpy()
+
+
+def accept(name: str, value: float, nan_policy: str, stats: UpdateStats) -> bool:
+    """
+    For engines: called with a minibatch's loss and with its gradient's norm, before a step is taken.
+
+    :param name: ``"loss"`` or ``"gradient"``
+    :param value: the number
+    :param nan_policy: one of :data:`NAN_POLICIES`
+    :param stats: where a minibatch that is to be left out is counted
+    :return: whether to go on with the minibatch
+    :raises NonFiniteError: with ``"raise"``, if the number is NaN or infinite
+    """
+    if math.isfinite(value):
+        return True
+    if nan_policy == "raise":
+        check_finite(name, value)
+    stats.skipped += 1
+    return False
+
+
+def reading_waits(tensor: th.Tensor) -> bool:
+    """Whether reading a number from ``tensor`` makes the host wait for a device. Then what is checked, is checked there."""
+    return tensor.device.type != "cpu"

@@ -1,0 +1,1 @@
+"""What is checked: arguments before training (:mod:`.arguments`), numbers during it (:mod:`.finite`)."""

@@ -1,0 +1,7 @@
+"""The reference engine: any SB3 policy on any device, and on CPU the same bits as SB3's PPO."""
+
+from __future__ import annotations
+
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+
+__all__ = ["TorchEngine"]
