@@ -108,7 +108,7 @@ def _check_shapes(
             raise ValueError(f"{name} must have shape {shape} to go with rewards of shape {rewards.shape}, not {array.shape}")
 
 
-def normalize_advantages(advantages: th.Tensor, epsilon: float = 1e-8) -> th.Tensor:
+def normalize_advantages(advantages: th.Tensor, weights: th.Tensor | None = None, epsilon: float = 1e-8) -> th.Tensor:
     r"""
     Shift and scale a minibatch's advantages to mean 0 and standard deviation 1:
     :math:`(A - \bar A) / (\mathrm{std}(A) + \epsilon)`, with the unbiased standard deviation.
@@ -118,9 +118,15 @@ def normalize_advantages(advantages: th.Tensor, epsilon: float = 1e-8) -> th.Ten
     Source: OpenAI Baselines' ppo2; detail 7 of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details.
 
     :param advantages: ``[batch_size]``
+    :param weights: ``[batch_size]``, how often each row counts; ``None`` for once each
     :param epsilon: keeps the division finite when all advantages are equal
     :return: ``[batch_size]``
     """
     if advantages.numel() <= 1:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + epsilon)
+    if weights is None:
+        return (advantages - advantages.mean()) / (advantages.std() + epsilon)
+    n_rows = weights.sum()
+    centred = advantages - (weights * advantages).sum() / n_rows
+    deviation = ((weights * centred.square()).sum() / (n_rows - 1)).sqrt()
+    return th.where(n_rows > 1, centred / (deviation + epsilon), advantages)

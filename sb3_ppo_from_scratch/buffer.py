@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
@@ -17,6 +19,7 @@ from sb3_ppo_from_scratch.advantages import compute_gae
 __all__ = ["RolloutData", "ScratchRolloutBuffer", "is_channels_last", "is_ours", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
+Extras = Mapping[str, th.Tensor]
 
 
 class RolloutData(NamedTuple):
@@ -40,6 +43,8 @@ class RolloutData(NamedTuple):
     """``[B]``, from :func:`compute_gae`"""
     dist_params: th.Tensor | None = None
     """``[B, n_params]``, the behaviour policy's distribution, or ``None`` if it is not known"""
+    extras: Extras = MappingProxyType({})
+    """by name ``[B, ...]``, whatever else a loss needs; see ``ScratchPPO.row_extras``"""
 
     @property
     def size(self) -> int:
@@ -62,8 +67,9 @@ class RolloutData(NamedTuple):
             observations: Observations = {key: select(value) for key, value in self.observations.items()}
         else:
             observations = select(self.observations)
-        rest = (None if field is None else field.index_select(0, indices) for field in self[1:])
-        return RolloutData(observations, *rest)  # type: ignore[arg-type]  # the fields keep their order and kind
+        rest = (None if field is None else field.index_select(0, indices) for field in self[1:-1])
+        extras = {name: field.index_select(0, indices) for name, field in self.extras.items()}
+        return RolloutData(observations, *rest, extras=extras)  # type: ignore[arg-type, misc]  # the fields keep their order
 
     def minibatches(self, batch_size: int) -> Iterator[RolloutData]:
         """
@@ -96,9 +102,13 @@ class ScratchRolloutBuffer(RolloutBuffer):
     :param n_envs: number of parallel environments
     """
 
+    takes_tensors: ClassVar[bool] = False
+    """Whether :meth:`add` wants observations as :meth:`observe` returned them, instead of the environments' own."""
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]  # one class for array and Dict spaces
     dist_params: np.ndarray | None
     """``[n_steps, n_envs, n_params]``: the behaviour policy's logits, or means and log standard deviations"""
+    extras: dict[str, np.ndarray]
+    """by name ``[n_steps, n_envs, ...]``: what a loss of the user's needs besides"""
     valid: np.ndarray | None
     """``[n_steps, n_envs]``, bool: which rows are transitions; ``None`` if all are. Others are not in the data set."""
 
@@ -119,6 +129,15 @@ class ScratchRolloutBuffer(RolloutBuffer):
         self._allocate_storage()
         self.reset()
 
+    def observe(self, obs: np.ndarray | dict[str, np.ndarray]) -> Observations:
+        """
+        Observations for the policy to look at.
+
+        :param obs: ``[n_envs, *obs_shape]`` or a dict of such
+        :return: the same on the buffer's device
+        """
+        return obs_as_tensor(obs, self.device)
+
     def _allocate_storage(self) -> None:
         space = self.observation_space
         if isinstance(space, spaces.Dict):
@@ -127,6 +146,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self.observations = self._allocate_obs(space)
         self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
         self.dist_params = None
+        self.extras = {}
         for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
             setattr(self, name, self._allocate((), np.float32))
 
@@ -156,6 +176,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         log_prob: th.Tensor,
         dist_params: th.Tensor | None = None,
         valid: np.ndarray | None = None,
+        extras: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """
         Store one step of every environment.
@@ -168,26 +189,48 @@ class ScratchRolloutBuffer(RolloutBuffer):
         :param log_prob: ``[n_envs]``
         :param dist_params: ``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`
         :param valid: ``[n_envs]``, bool, whether each step is a transition; ``None`` if all are
+        :param extras: by name ``[n_envs, ...]``; storage comes with the first sight of a name
         :raises IndexError: if the buffer is full
         """
         if self.full:
             raise IndexError(f"the rollout buffer already holds its {self.buffer_size} steps; call reset() first")
         step = self.pos
-        if isinstance(self.observations, dict):
-            for key, storage in self.observations.items():
-                _store(storage[step], obs[key])
-        else:
-            _store(self.observations[step], obs)  # type: ignore[arg-type]  # likewise
+        self._put_observations(obs)
         _store(self.actions[step], action)
         self.rewards[step] = reward
         self.episode_starts[step] = episode_start
-        _store(self.values[step], value)
-        _store(self.log_probs[step], log_prob)
+        self._put("values", value)
+        self._put("log_probs", log_prob)
         if dist_params is not None:
-            if self.dist_params is None:
-                self.dist_params = self._allocate(tuple(dist_params.shape[1:]), np.float32)
-            _store(self.dist_params[step], dist_params)
+            self._put("dist_params", dist_params)
+        if extras or self.extras:
+            self._put_extras(extras)
         self._end_step(valid)
+
+    def _put_observations(self, obs: Any) -> None:
+        if isinstance(self.observations, dict):
+            for key, storage in self.observations.items():
+                _store(storage[self.pos], obs[key])
+        else:
+            _store(self.observations[self.pos], obs)
+
+    def _put(self, name: str, source: th.Tensor) -> None:
+        """Store ``[n_envs, ...]`` of what the policy says."""
+        storage = getattr(self, name)
+        if storage is None:
+            storage = self._allocate(tuple(source.shape[1:]), np.float32)
+            setattr(self, name, storage)
+        _store(storage[self.pos], source)
+
+    def _put_extras(self, extras: Mapping[str, np.ndarray]) -> None:
+        if self.pos == 0:
+            arrays = {name: np.asarray(value) for name, value in extras.items()}
+            fresh = {name: self._allocate(value.shape[1:], value.dtype) for name, value in arrays.items()}
+            self.extras = {name: self.extras.get(name, storage) for name, storage in fresh.items()}
+        if extras.keys() != self.extras.keys():
+            raise ValueError(f"extras must be {sorted(self.extras)} in every step of a rollout, not {sorted(extras)}")
+        for name, value in extras.items():
+            _store(self.extras[name][self.pos], value)
 
     def _end_step(self, valid: np.ndarray | None) -> None:
         """Note which of the step's rows are transitions, and go on to the next step."""
@@ -238,6 +281,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self._flatten(self.advantages),
             self._flatten(self.returns),
             None if self.dist_params is None else self._flatten(self.dist_params),
+            {name: self._flatten(value) for name, value in self.extras.items()},
         )
         return data if self.valid is None else data.take(self._transitions(self.valid), channels_last=True)
 

@@ -15,6 +15,7 @@ __all__ = [
     "entropy_loss",
     "ppo_loss",
     "value_loss",
+    "weighted_mean",
 ]
 
 
@@ -29,7 +30,23 @@ class PPOLoss(NamedTuple):
     clip_fraction: th.Tensor
 
 
-def clipped_surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: float) -> th.Tensor:
+def weighted_mean(terms: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
+    r"""
+    The mean over a minibatch in which some rows may count more than others, or not at all:
+    :math:`\sum_i w_i x_i / \sum_i w_i`.
+
+    Padding, steps that are no transitions, and sequences of unequal length are all weights.
+
+    :param terms: x, ``[batch_size]``
+    :param weights: w, ``[batch_size]``, at least 0 and not all 0; ``None`` for all alike
+    :return: scalar
+    """
+    return terms.mean() if weights is None else (weights * terms).sum() / weights.sum()
+
+
+def clipped_surrogate_loss(
+    advantages: th.Tensor, ratio: th.Tensor, clip_range: float, weights: th.Tensor | None = None
+) -> th.Tensor:
     r"""
     The clipped, pessimistic policy loss: no gain for moving the ratio further than ``clip_range`` from 1.
 
@@ -42,15 +59,20 @@ def clipped_surrogate_loss(advantages: th.Tensor, ratio: th.Tensor, clip_range: 
     :param advantages: ``[batch_size]``
     :param ratio: ``[batch_size]``, new over old probability of the action taken
     :param clip_range: epsilon, how far the ratio may move from 1
+    :param weights: ``[batch_size]``, see :func:`weighted_mean`
     :return: scalar
     """
     unclipped = advantages * ratio
     clipped = advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range)
-    return -th.min(unclipped, clipped).mean()
+    return -weighted_mean(th.min(unclipped, clipped), weights)
 
 
 def value_loss(
-    values: th.Tensor, returns: th.Tensor, old_values: th.Tensor | None = None, clip_range_vf: float | None = None
+    values: th.Tensor,
+    returns: th.Tensor,
+    old_values: th.Tensor | None = None,
+    clip_range_vf: float | None = None,
+    weights: th.Tensor | None = None,
 ) -> th.Tensor:
     r"""
     Mean squared error between the critic's values and the returns.
@@ -68,6 +90,7 @@ def value_loss(
     :param returns: ``[batch_size]``, the TD(lambda) targets
     :param old_values: ``[batch_size]``, the critic's values during the rollout; needed with ``clip_range_vf``
     :param clip_range_vf: c, how far a value may move from the old one; ``None`` for no clipping
+    :param weights: ``[batch_size]``, see :func:`weighted_mean`
     :return: scalar
     :raises ValueError: if ``clip_range_vf`` comes without ``old_values``
     """
@@ -75,10 +98,12 @@ def value_loss(
         if old_values is None:
             raise ValueError(f"clip_range_vf={clip_range_vf} needs old_values, which is None")
         values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
-    return F.mse_loss(returns, values)
+    if weights is None:
+        return F.mse_loss(returns, values)  # SB3's call, for its bits
+    return weighted_mean((returns - values).square(), weights)
 
 
-def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
     r"""
     Minus the mean entropy of the policy, in nats; it rewards exploration.
 
@@ -88,14 +113,13 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
 
     :param entropy: ``[batch_size]``, or ``None`` if the distribution has no closed form (squashed Gaussians)
     :param log_prob: ``[batch_size]``, log-probability of the action taken
+    :param weights: ``[batch_size]``, see :func:`weighted_mean`
     :return: scalar
     """
-    if entropy is None:
-        return -th.mean(-log_prob)
-    return -th.mean(entropy)
+    return -weighted_mean(-log_prob if entropy is None else entropy, weights)
 
 
-def approx_kl(log_ratio: th.Tensor) -> th.Tensor:
+def approx_kl(log_ratio: th.Tensor, weights: th.Tensor | None = None) -> th.Tensor:
     r"""
     The k3 estimate of :math:`KL(\pi_{old} \| \pi_{new})` in nats: unbiased, never negative, of low variance.
 
@@ -104,20 +128,22 @@ def approx_kl(log_ratio: th.Tensor) -> th.Tensor:
     Source: Schulman, http://joschu.net/blog/kl-approx.html; SB3 pull request 419.
 
     :param log_ratio: ``[batch_size]``, :math:`\log\rho = \log\pi_{new}(a|s) - \log\pi_{old}(a|s)`
+    :param weights: ``[batch_size]``, see :func:`weighted_mean`
     :return: scalar
     """
-    return th.mean((th.exp(log_ratio) - 1) - log_ratio)
+    return weighted_mean((th.exp(log_ratio) - 1) - log_ratio, weights)
 
 
-def clip_fraction(ratio: th.Tensor, clip_range: float) -> th.Tensor:
+def clip_fraction(ratio: th.Tensor, clip_range: float, weights: th.Tensor | None = None) -> th.Tensor:
     r"""
     Share of the minibatch whose ratio lies outside the clip range: :math:`\mathrm{mean}[\,|\rho - 1| > \epsilon\,]`.
 
     :param ratio: ``[batch_size]``
     :param clip_range: epsilon of :func:`clipped_surrogate_loss`
+    :param weights: ``[batch_size]``, see :func:`weighted_mean`
     :return: scalar, in [0, 1]
     """
-    return th.mean((th.abs(ratio - 1) > clip_range).float())
+    return weighted_mean((th.abs(ratio - 1) > clip_range).float(), weights)
 
 
 def ppo_loss(
@@ -133,6 +159,7 @@ def ppo_loss(
     clip_range_vf: float | None = None,
     ent_coef: float = 0.0,
     vf_coef: float = 0.5,
+    weights: th.Tensor | None = None,
 ) -> PPOLoss:
     r"""
     PPO's whole objective on one minibatch, with the diagnostics that go with it.
@@ -152,13 +179,15 @@ def ppo_loss(
     :param clip_range_vf: see :func:`value_loss`
     :param ent_coef: weight of the entropy loss
     :param vf_coef: weight of the value loss
+    :param weights: ``[batch_size]``, how much each row counts, see :func:`weighted_mean`; ``None`` for all alike
     :return: the total and its parts
     """
     log_ratio = log_prob - old_log_prob
     ratio = th.exp(log_ratio)
-    policy = clipped_surrogate_loss(advantages, ratio, clip_range)
-    value = value_loss(values, returns, old_values, clip_range_vf)
-    entropy_term = entropy_loss(entropy, log_prob)
+    policy = clipped_surrogate_loss(advantages, ratio, clip_range, weights)
+    value = value_loss(values, returns, old_values, clip_range_vf, weights)
+    entropy_term = entropy_loss(entropy, log_prob, weights)
     total = policy + ent_coef * entropy_term + vf_coef * value
     with th.no_grad():
-        return PPOLoss(total, policy, value, entropy_term, approx_kl(log_ratio), clip_fraction(ratio, clip_range))
+        kl, outside = approx_kl(log_ratio, weights), clip_fraction(ratio, clip_range, weights)
+    return PPOLoss(total, policy, value, entropy_term, kl, outside)

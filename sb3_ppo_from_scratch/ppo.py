@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 import warnings
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,11 +21,11 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
@@ -38,22 +38,14 @@ from sb3_ppo_from_scratch.checks.arguments import (
     errors_for_assertions,
     resolve_schedule,
 )
-from sb3_ppo_from_scratch.checks.finite import check_finite, check_rollout, check_step
-from sb3_ppo_from_scratch.engines import (
-    ENGINE_NAMES,
-    PRECISIONS,
-    Engine,
-    UpdateConfig,
-    engine_class,
-    has_bf16_instructions,
-    make_engine,
-)
-from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.checks.finite import check_rollout, check_step
+from sb3_ppo_from_scratch.engines import PRECISIONS, Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from sb3_ppo_from_scratch.safe_files.archive import check_weights, safe_archive, weights_archive
-from sb3_ppo_from_scratch.update import NAN_POLICIES, UpdateStats
+from sb3_ppo_from_scratch.update import NAN_POLICIES, PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import step_environments
 
@@ -117,6 +109,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
     }
+    loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
+    """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
     _may_replace_engine = False
 
     def __init__(
@@ -239,11 +233,11 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _check_engine(self) -> None:
         """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
         try:
-            engine_class(self.engine, self.policy, self.precision)
+            choose_engine(self.engine, self.policy, self.precision, self.loss)
         except ValueError as error:
             if not self._may_replace_engine or self.engine == "auto":
                 raise
-            engine_class("auto", self.policy, self.precision)
+            choose_engine("auto", self.policy, self.precision, self.loss)
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=4)
             self.engine = "auto"
 
@@ -274,8 +268,6 @@ class ScratchPPO(OnPolicyAlgorithm):
             check_number("target_kl", self.target_kl, 0.0, above=True, finite=False)
         if self.seed is not None:
             check_integer("seed", self.seed, 0, 2**32 - 1)
-        if self.engine not in ENGINE_NAMES:
-            raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {self.engine!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
         if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
@@ -325,12 +317,16 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _current_engine(self) -> Engine:
         """The engine for the policy as it is now: users may replace ``policy``, change it, or change ``engine``."""
         engine = self._engine
-        stale = engine is None or engine.policy is not self.policy or self.engine not in ("auto", engine.name)
-        if engine is None or stale or engine.unsupported_reason(self.policy) is not None:
-            engine = self._engine = make_engine(self.engine, self.policy, self.precision)
+        if engine is None or not self._is_current(engine):
+            choice = choose_engine(self.engine, self.policy, self.precision, self.loss)
+            engine = self._engine = choice.engine(self.policy, self.precision, self.loss)
             if self.verbose >= 1:
-                print(f"Using the {engine.name} engine")
+                print(f"Using the engine {choice}")
         return engine
+
+    def _is_current(self, engine: Engine) -> bool:
+        same = engine.policy is self.policy and engine.loss is self.loss and self.engine in ("auto", engine.name)
+        return same and engine.refusal(self.policy, self.precision, self.loss) is None
 
     # ------------------------------------------------------- rollout and update
 
@@ -459,7 +455,9 @@ class ScratchPPO(OnPolicyAlgorithm):
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
         engine = self._current_engine()
-        keeps_dist_params = isinstance(rollout_buffer, ScratchRolloutBuffer)
+        ours = rollout_buffer if isinstance(rollout_buffer, ScratchRolloutBuffer) else None
+        observe = ours.observe if ours is not None else partial(obs_as_tensor, device=self.device)
+        takes_tensors = ours is not None and ours.takes_tensors
         unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
         engine.begin_rollout()
@@ -474,7 +472,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            obs_tensor = self._to_device(rollout_buffer, self._last_obs)
+            obs_tensor = observe(self._last_obs)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
             actions, values, log_probs, dist_params = engine.act(obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
@@ -490,27 +488,34 @@ class ScratchPPO(OnPolicyAlgorithm):
             n_steps += 1
 
             self._bootstrap(engine, rewards, dones, infos)
-            ours: dict[str, Any] = {"dist_params": dist_params} if keeps_dist_params else {}
+            valid = None
             if reset_rows is not None and reset_rows.any():
-                ours["valid"] = ~reset_rows
+                valid = ~reset_rows
                 dones = dones | reset_rows  # what follows a reset row begins an episode
-            step = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            rollout_buffer.add(*step, **ours)  # type: ignore[arg-type]  # Dict observations too
+            seen = obs_tensor if takes_tensors else self._last_obs
+            step = (seen, actions, rewards, self._last_episode_starts, values, log_probs)
+            if ours is None:
+                rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
+            else:
+                ours.add(*step, dist_params, valid, self.row_extras(infos))  # type: ignore[arg-type]  # likewise
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
             self._last_episode_starts = dones
 
-        values = engine.predict_values(self._to_device(rollout_buffer, new_obs))
+        values = engine.predict_values(observe(new_obs))  # type: ignore[arg-type]  # likewise
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _to_device(self, rollout_buffer: RolloutBuffer, obs: Any) -> PyTorchObs:
-        """Observations for the policy, ``[n_envs, *obs_shape]`` or a dict of such; a buffer on its device keeps them there."""
-        if isinstance(rollout_buffer, DeviceRolloutBuffer):
-            return rollout_buffer.upload(obs)
-        return obs_as_tensor(obs, self.device)
+    def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """
+        To be overridden: more about the step just taken, which a loss of one's own finds in ``batch.extras`` by name.
+
+        :param infos: of the step, one per environment
+        :return: by name ``[n_envs, ...]``, the same names in every step; nothing by default
+        """
+        return {}
 
     def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
@@ -572,11 +577,7 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _report_skipped(self, stats: UpdateStats) -> None:
         if self.nan_policy == "skip":
             self.logger.record("train/skipped_minibatches", stats.skipped)
-        if stats.skipped == 0:
-            return
-        if self.nan_policy == "raise":  # of an engine that could not know earlier
-            check_finite("loss or gradient", math.nan)
-        if not self._warned_of_skipped:
+        if stats.skipped > 0 and not self._warned_of_skipped:
             self._warned_of_skipped = True
             warnings.warn(
                 f"{stats.skipped} minibatches of this update were left out, since their loss or gradient was not finite "

@@ -16,7 +16,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.engines import UpdateConfig
+from sb3_ppo_from_scratch.update import UpdateConfig
 
 
 class ToyEnv(gym.Env):

@@ -125,10 +125,10 @@ def test_gradient_is_the_references(actions: str, precision: str) -> None:
         policy = make_policy(ACTIONS[actions])
         batch = next(full_buffer(policy).get(30))
         engine = make_engine(name, policy, "fp32" if name == "torch" else precision)
-        assert isinstance(engine, TorchEngine)
-        loss, _, backward = engine._autograd(batch, update_config(normalize_advantage=False))
-        backward()
-        gradients.append({"loss": loss.total.detach(), **{key: p.grad for key, p in policy.named_parameters()}})
+        with engine.learning(full_buffer(policy), update_config(normalize_advantage=False)) as learner:
+            gradient = learner.gradient(batch)
+            gradient.backward()
+        gradients.append({"loss": gradient.loss.total.detach(), **{key: p.grad for key, p in policy.named_parameters()}})
     for key, expected in gradients[0].items():
         assert gradients[1][key].dtype == th.float32
         assert_close(gradients[1][key], expected, GRADIENT[precision], key)
@@ -143,6 +143,7 @@ def test_gradient_is_the_references(actions: str, precision: str) -> None:
         pytest.param({"batch_size": 30, "max_grad_norm": 1e-3}, {}, id="one minibatch, clipped gradient"),
         pytest.param({}, {"net_arch": [8], "activation_fn": nn.ReLU}, id="layers after the features"),
         pytest.param({}, {"actions": ACTIONS["box"], "use_sde": True}, id="gSDE"),
+        pytest.param({}, {"optimizer_kwargs": {"foreach": True}}, id="foreach"),
         pytest.param({}, {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"amsgrad": True}}, id="AdamW"),
     ],
 )
@@ -289,9 +290,10 @@ def test_features_see_the_loaders_frames_as_they_are(monkeypatch: pytest.MonkeyP
 def test_loss_is_computed_in_float32() -> None:
     policy = make_policy()
     engine = make_engine("channels_last", policy, "bf16")
-    assert isinstance(engine, TorchEngine)
-    loss, dist_params, _ = engine._autograd(next(full_buffer(policy).get(8)), update_config())
-    assert {part.dtype for part in (*loss, dist_params)} == {th.float32}
+    buffer = full_buffer(policy)
+    with engine.learning(buffer, update_config()) as learner:
+        gradient = learner.gradient(next(buffer.get(8)))
+    assert {part.dtype for part in (*gradient.loss, *gradient.kl_term)} == {th.float32}
 
 
 def test_a_foreign_buffer_will_do() -> None:
@@ -336,7 +338,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], ActorCriticPolicy], str]] = {
     "two extractors": (lambda: make_policy(share_features_extractor=False), "shared"),
     "subclass": (lambda: OwnPolicy(FRAMES, ACTIONS["discrete"], ConstantSchedule(1e-3)), "OwnPolicy"),
     "SGD": (lambda: make_policy(optimizer_class=th.optim.SGD, optimizer_kwargs={}), "Adam"),
-    "foreach": (lambda: make_policy(optimizer_kwargs={"foreach": True}), "foreach"),
+    "capturable": (lambda: make_policy(optimizer_kwargs={"capturable": True}), "capturable"),
     "double": (lambda: make_policy().double(), "float32"),
 }
 
@@ -409,4 +411,4 @@ def test_saves_what_everybody_can_load(precision: str, tmp_path: Path) -> None:
 
 def test_says_which_engine_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     ScratchPPO("CnnPolicy", make_env(), verbose=1, **SIZES).learn(32)
-    assert "Using the channels_last engine" in capsys.readouterr().out
+    assert "Using the engine channels_last" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_the_host_waits_once_per_step_and_once_per_update() -> None:
     model = ScratchPPO("CnnPolicy", make_env(frames=True), **SIZES).learn(64)
     engine, buffer = model._engine, model.rollout_buffer
     obs = np.asarray(model._last_obs)
-    assert count_waits(lambda: engine.act(buffer.upload(obs))) <= 1  # torch may or may not report a stream's synchronize
+    assert count_waits(lambda: engine.act(buffer.observe(obs))) <= 1  # torch may or may not report a stream's synchronize
     assert count_waits(lambda: engine.update(buffer, model._update_config())) == 1
 
 

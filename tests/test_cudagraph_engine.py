@@ -23,10 +23,9 @@ from torch import nn
 
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.engines import UpdateConfig, make_engine
+from sb3_ppo_from_scratch.engines import make_engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines.cudagraph.padding import normalize_rows, padded_ppo_loss
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import ppo_loss
 from tests.emulated_graph import EmulatedCapture
@@ -257,7 +256,7 @@ def test_gradients_in_double_precision() -> None:
         latent_pi, latent_vf = policy.mlp_extractor(obs.double())
         return policy.value_net(latent_vf), policy._get_action_dist_from_latent(latent_pi)
 
-    learner = learning.Learner(policy, heads, buffer, options)
+    learner = learning.GraphLearner(policy, heads, buffer, options)
     learner._upload(np.array([[*rows, *[rows[0]] * 7, 13]]), options)
     with th.no_grad():
         policy.action_net.bias += 0.1  # so that ratios are not 1
@@ -287,45 +286,6 @@ def test_gradients_in_double_precision() -> None:
         assert learner.log[0, learning._MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 7, 8])
-def test_padding_counts_for_nothing(n_rows: int) -> None:
-    rng = np.random.default_rng(0)
-    numbers = th.from_numpy(rng.normal(size=(7, 8))).requires_grad_()
-    values, log_prob, entropy, advantages, returns, old_values, old_log_prob = numbers.unbind()
-    is_row = th.arange(8) < n_rows
-    coefficients = {"clip_range": 0.1, "clip_range_vf": 0.2, "ent_coef": 0.3, "vf_coef": 0.5}
-    names = ("advantages", "returns", "old_values", "old_log_prob")
-    data = dict(zip(names, (advantages, returns, old_values, old_log_prob), strict=True))
-    actual = padded_ppo_loss(values, log_prob, entropy, is_row, th.tensor(n_rows, dtype=th.float64), **data, **coefficients)
-    (by_padded,) = th.autograd.grad(actual.total, numbers)
-    expected = ppo_loss(
-        *(x[:n_rows] for x in (values, log_prob, entropy)), **{k: v[:n_rows] for k, v in data.items()}, **coefficients
-    )
-    (by_plain,) = th.autograd.grad(expected.total, numbers)
-    for name, ours, theirs in zip(expected._fields, actual, expected, strict=True):
-        tolerance = 1e-6 if name == "clip_fraction" else 1e-12  # a mean of float32
-        assert ours.item() == pytest.approx(theirs.item(), rel=tolerance), name
-    th.testing.assert_close(by_padded[:3], by_plain[:3], rtol=1e-12, atol=1e-14)
-    normalized = normalize_rows(advantages, is_row, th.tensor(n_rows, dtype=th.float64))[:n_rows]
-    th.testing.assert_close(normalized, normalize_advantages(advantages[:n_rows]), rtol=1e-12, atol=1e-12)
-
-
-def test_padding_may_hold_anything_finite() -> None:
-    """What it holds changes no bit."""
-    results = []
-    for filler in (0.0, 1e30):
-        numbers = th.linspace(-1, 1, 56).reshape(7, 8).clone()
-        numbers[:, 5:] = filler
-        values, log_prob, entropy, *rest = numbers.requires_grad_().unbind()
-        data = dict(zip(("advantages", "returns", "old_values", "old_log_prob"), rest, strict=True))
-        n_rows = th.tensor(5.0)
-        loss = padded_ppo_loss(
-            values, log_prob, entropy, th.arange(8) < 5, n_rows, **data, clip_range=0.1, ent_coef=0.3, vf_coef=0.5
-        )
-        results.append((*(part.detach() for part in loss), th.autograd.grad(loss.total, numbers)[0]))
-    assert all(th.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 # ------------------------------------------------------ what the device decides
 
 
@@ -340,7 +300,7 @@ def test_stops_where_the_reference_stops(target_kl: float, how: str) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float, what: str) -> None:
     """Multiplies the loss, or only its gradient, in those calls of the minibatch step, rehearsals not counted."""
-    loss_of, grad = learning.Learner._loss, th.autograd.grad
+    loss_of, grad = learning.GraphLearner._loss, th.autograd.grad
     count = iter(range(-1, 1000))
     spoils = [False]
 
@@ -353,7 +313,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float, what:
         gradients = grad(*arguments, **options)
         return [g * factor for g in gradients] if spoils[0] and what == "gradient" else gradients
 
-    monkeypatch.setattr(learning.Learner, "_loss", spoiled_loss)
+    monkeypatch.setattr(learning.GraphLearner, "_loss", spoiled_loss)
     monkeypatch.setattr(learning.th.autograd, "grad", spoiled_grad)
 
 
@@ -375,13 +335,11 @@ def test_the_first_accident_ends_an_update(factor: float, what: str, monkeypatch
     reference = make_buffer(sound, ScratchRolloutBuffer)
     fill(sound, reference)
     five = [batch for _ in range(2) for batch in reference.get(8)][:5]
-    engine = TorchEngine(sound)
-    with engine._optimizer_step(0.5) as optimizer:
+    with TorchEngine(sound).learning(reference, update_config()) as learner:
         for batch in five:
-            loss, _, backward = engine._autograd(batch, update_config())
-            optimizer.zero_grad()
-            backward()
-            optimizer.step(loss.total)
+            learner.gradient(batch).backward()
+            learner.clip_gradient()
+            learner.step()
     for a, b in zip(policy.parameters(), sound.parameters(), strict=True):
         th.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

@@ -95,10 +95,12 @@ def test_rows_are_views_of_the_storage() -> None:
     data = buffer.dataset()
     for field, name in (("observations", "observations"), ("old_values", "values"), ("advantages", "advantages")):
         assert getattr(data, field).data_ptr() == buffer.on_device[name].data_ptr(), "a copy"
-    addresses = [each.data_ptr() for each in data if each is not None]
+    addresses = [each.data_ptr() for each in data if isinstance(each, th.Tensor)]
     buffer.reset()
     fill([buffer])
-    assert [each.data_ptr() for each in buffer.rows() if each is not None] == addresses, "graphs hold these addresses"
+    assert [each.data_ptr() for each in buffer.rows() if isinstance(each, th.Tensor)] == addresses, (
+        "graphs hold these addresses"
+    )
 
 
 def test_rows_that_are_no_transitions_are_left_out() -> None:
@@ -193,18 +195,19 @@ def test_observations_cross_the_bus_once(monkeypatch: pytest.MonkeyPatch) -> Non
     zeros = np.zeros(N_ENVS)
     for step in range(4):
         obs = np.full((N_ENVS, *IMAGE.shape), step, np.uint8)
-        assert th.equal(buffer.upload(obs), th.from_numpy(obs))
-        buffer.add(obs, zeros, zeros, zeros, th.zeros(N_ENVS), th.zeros(N_ENVS))
+        seen = buffer.observe(obs)
+        assert th.equal(seen, th.from_numpy(obs))
+        buffer.add(seen, zeros, zeros, zeros, th.zeros(N_ENVS), th.zeros(N_ENVS))
     assert uploads == [(N_ENVS, *IMAGE.shape)] * 4
     assert buffer.observations[:, 0, 0, 0, 0].tolist() == [0, 1, 2, 3]
     buffer.compute_returns_and_advantage(th.zeros(N_ENVS), zeros)
     assert len(uploads) == 4 + 4, "rewards, episode starts, actions; and the end"
 
 
-def test_observations_that_were_not_uploaded_first_are_stored_all_the_same() -> None:
+def test_observations_that_were_not_brought_there_first_are_stored_all_the_same() -> None:
     buffer = make(DeviceRolloutBuffer)
     first, second = (np.full((N_ENVS, 3), x, np.float32) for x in (1.0, 2.0))
-    buffer.upload(first)
+    buffer.observe(first)
     zeros = np.zeros(N_ENVS)
     buffer.add(second, zeros, zeros, zeros, th.zeros(N_ENVS), th.zeros(N_ENVS))
     assert buffer.observations[0].tolist() == second.tolist()
@@ -213,9 +216,9 @@ def test_observations_that_were_not_uploaded_first_are_stored_all_the_same() -> 
 def test_an_array_that_is_used_again_is_uploaded_again() -> None:
     buffer = make(DeviceRolloutBuffer)
     obs = np.zeros((N_ENVS, 3), np.float32)
-    buffer.upload(obs)
+    buffer.observe(obs)
     obs += 1.0
-    assert buffer.upload(obs).tolist() == obs.tolist()
+    assert buffer.observe(obs).tolist() == obs.tolist()
 
 
 @pytest.mark.parametrize("order", ["channels first", "channels last", "backwards"])
@@ -264,8 +267,8 @@ def test_trains_as_on_the_host(policy: str, observation: str, action: str) -> No
 def test_a_rollout_uploads_each_observation_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the one after the last step, for its value."""
     uploads: list[int] = []
-    upload = DeviceRolloutBuffer.upload
-    monkeypatch.setattr(DeviceRolloutBuffer, "upload", lambda self, obs: (uploads.append(self.pos), upload(self, obs))[1])
+    observe = DeviceRolloutBuffer.observe
+    monkeypatch.setattr(DeviceRolloutBuffer, "observe", lambda self, obs: (uploads.append(self.pos), observe(self, obs))[1])
     ScratchPPO(
         "MlpPolicy",
         make_env("box", "discrete")(),

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
-from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep
+from sb3_ppo_from_scratch.engines.reference.engine import TorchLearner
 from tests.helpers import ToyEnv
 
 NAN, INF = float("nan"), float("inf")
@@ -129,28 +129,26 @@ def test_a_policy_that_is_already_lost() -> None:
 
 
 class Spoiler:
-    """Multiplies the critic's bias' gradient, or the loss, by ``factor`` in some of its calls."""
+    """Multiplies the critic's bias' gradient by ``factor`` in some of its calls."""
 
-    def __init__(self, model: ScratchPPO, calls: set[int], factor: float, monkeypatch: pytest.MonkeyPatch, what: str):
+    def __init__(self, model: ScratchPPO, calls: set[int], factor: float, monkeypatch: pytest.MonkeyPatch):
         self.calls, self.factor, self.count = calls, factor, 0
         self.states: list[list[th.Tensor]] = []
-        step = ClippedStep.step
+        clip = TorchLearner.clip_gradient
 
-        def spoiled(clipped: ClippedStep, loss: th.Tensor) -> th.Tensor:
+        def spoiled(learner: TorchLearner) -> th.Tensor:
             self.states.append([parameter.detach().clone() for parameter in model.policy.parameters()])
-            if self.count in self.calls and what == "gradient":
+            if self.count in self.calls:
                 model.policy.value_net.bias.grad.mul_(self.factor)
-            spoiled_loss = loss * self.factor if self.count in self.calls and what == "loss" else loss
             self.count += 1
-            return step(clipped, spoiled_loss)
+            return clip(learner)
 
-        monkeypatch.setattr(ClippedStep, "step", spoiled)
+        monkeypatch.setattr(TorchLearner, "clip_gradient", spoiled)
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "flat Adam": {},
-    "per parameter": {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}},
-    "autograd": {"policy_kwargs": {"activation_fn": th.nn.ELU}},
+    "Adam": {},
+    "RMSprop": {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}},
 }
 
 
@@ -158,7 +156,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("factor", [NAN, INF])
 def test_a_gradient_that_is_not_finite(kwargs: dict[str, Any], factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(Failing, batch_size=4, **kwargs)
-    spoiler = Spoiler(model, {5}, factor, monkeypatch, "gradient")
+    spoiler = Spoiler(model, {5}, factor, monkeypatch)
     with pytest.raises(NonFiniteError, match=r"the gradient of a minibatch is not finite .* nan_policy='skip'"):
         model.learn(16)
     assert spoiler.count == 6
@@ -172,7 +170,7 @@ def test_a_gradient_that_is_not_finite(kwargs: dict[str, Any], factor: float, mo
 def test_the_very_first_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(Failing)
     before = state_of(model)
-    Spoiler(model, {0}, NAN, monkeypatch, "gradient")
+    Spoiler(model, {0}, NAN, monkeypatch)
     with pytest.raises(NonFiniteError):
         model.learn(16)
     assert_unchanged(model, before)
@@ -196,7 +194,7 @@ def test_minibatches_may_be_left_out(kwargs: dict[str, Any], monkeypatch: pytest
     rows: list[dict[str, Any]] = []
     train = model.train
     monkeypatch.setattr(model, "train", lambda: (train(), rows.append(dict(model.logger.name_to_value))))
-    Spoiler(model, {2, 7, 9}, NAN, monkeypatch, "gradient")
+    Spoiler(model, {2, 7, 9}, NAN, monkeypatch)
     with pytest.warns(UserWarning, match="2 minibatches of this update were left out") as caught:
         model.learn(48)
     assert len([warning for warning in caught if "left out" in str(warning.message)]) == 1
@@ -209,7 +207,7 @@ def test_minibatches_may_be_left_out(kwargs: dict[str, Any], monkeypatch: pytest
 def test_all_minibatches_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(Failing, nan_policy="skip")
     before = state_of(model)
-    Spoiler(model, {0, 1}, NAN, monkeypatch, "gradient")
+    Spoiler(model, {0, 1}, NAN, monkeypatch)
     with pytest.warns(UserWarning, match="2 minibatches"):
         model.learn(16)
     assert_unchanged(model, before)
@@ -222,7 +220,7 @@ def spoil_numpys_gradient(calls: set[int], factor: float, monkeypatch: pytest.Mo
     def spoiled(self: ActorCriticNetwork, *arguments: Any) -> None:
         backward(self, *arguments)
         if next(count) in calls:
-            self.by_value_bias *= factor
+            self.grad_value_bias *= factor
 
     monkeypatch.setattr(ActorCriticNetwork, "backward", spoiled)
 
@@ -259,31 +257,6 @@ def test_a_loss_beyond_float32_changes_nothing(engine: str) -> None:
     with pytest.raises(NonFiniteError, match="of a minibatch is not finite"):
         model.learn(16)
     assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize("nan_policy", ["raise", "skip"])
-def test_where_the_host_must_not_wait(nan_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of other devices, on the CPU: a step is undone on the device, the host learns of it with the metrics."""
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.optimizer.reading_waits", lambda tensor: True)
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.engine.reading_waits", lambda tensor: True)
-    model = model_of(Failing, batch_size=4, nan_policy=nan_policy)
-    spoiler = Spoiler(model, {5}, NAN, monkeypatch, "gradient")
-    if nan_policy == "raise":
-        with pytest.raises(NonFiniteError, match="loss or gradient"):
-            model.learn(16)
-    else:
-        with pytest.warns(UserWarning, match="1 minibatches"):
-            model.learn(16)
-    assert all(th.equal(a, b) for a, b in zip(spoiler.states[5], spoiler.states[6], strict=True))
-    assert all(value.isfinite().all() for value in state_of(model))
-    assert {float(state["step"]) for state in model.policy.optimizer.state.values()} == {7.0}
-
-
-def test_a_run_without_accidents_is_the_same_wherever_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = model_of(Failing).learn(64)
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.optimizer.reading_waits", lambda tensor: True)
-    monkeypatch.setattr("sb3_ppo_from_scratch.engines.reference.engine.reading_waits", lambda tensor: True)
-    assert_unchanged(model_of(Failing, nan_policy="skip").learn(64), state_of(asked))
 
 
 # ------------------------------------------------------------ constructor arguments

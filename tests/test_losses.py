@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch as th
 from torch.distributions import Categorical, Normal, kl_divergence
 
+from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.losses import (
+    PPOLoss,
     approx_kl,
     clip_fraction,
     clipped_surrogate_loss,
@@ -203,3 +206,50 @@ def test_same_policy_has_ratio_1() -> None:
     assert loss.approx_kl.item() == 0.0
     assert loss.clip_fraction.item() == 0.0
     assert loss.policy.item() == pytest.approx(-batch["advantages"].mean().item())
+
+
+# ------------------------------------------------------------------------ weights
+
+NAMES = ("values", "log_prob", "entropy", "advantages", "returns", "old_values", "old_log_prob")
+COEFFICIENTS = {"clip_range": 0.1, "clip_range_vf": 0.2, "ent_coef": 0.3, "vf_coef": 0.5}
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 8])
+def test_rows_of_weight_0_count_for_nothing(n_rows: int) -> None:
+    """As if they were not there: losses, diagnostics, gradient, and normalised advantages."""
+    numbers = th.from_numpy(np.random.default_rng(0).normal(size=(7, 8))).requires_grad_()
+    weights = (th.arange(8) < n_rows).double()
+    weighted = ppo_loss(**dict(zip(NAMES, numbers, strict=True)), **COEFFICIENTS, weights=weights)
+    without = ppo_loss(**dict(zip(NAMES, numbers[:, :n_rows], strict=True)), **COEFFICIENTS)
+    for name, ours, theirs in zip(PPOLoss._fields, weighted, without, strict=True):
+        tolerance = 1e-6 if name == "clip_fraction" else 1e-12  # a mean of float32
+        assert ours.item() == pytest.approx(theirs.item(), rel=tolerance), name
+    gradients = [th.autograd.grad(loss.total, numbers)[0] for loss in (weighted, without)]
+    th.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    normalized = normalize_advantages(numbers[3], weights)[:n_rows]
+    th.testing.assert_close(normalized, normalize_advantages(numbers[3, :n_rows]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_row_of_weight_n_counts_n_times(copies: int) -> None:
+    numbers = th.from_numpy(np.random.default_rng(1).normal(size=(7, 4)))
+    repeated = numbers.repeat_interleave(th.tensor([1, copies, 1, 1]), dim=1)
+    weights = th.tensor([1.0, copies, 1.0, 1.0], dtype=th.float64)
+    weighted = ppo_loss(**dict(zip(NAMES, numbers, strict=True)), **COEFFICIENTS, weights=weights)
+    expected = ppo_loss(**dict(zip(NAMES, repeated, strict=True)), **COEFFICIENTS)
+    np.testing.assert_allclose([float(part) for part in weighted], [float(part) for part in expected], rtol=1e-6)
+    expected_advantages = normalize_advantages(repeated[3])[[0, 1, -2, -1]]
+    th.testing.assert_close(normalize_advantages(numbers[3], weights), expected_advantages, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_weight_0_may_hold_anything_finite() -> None:
+    """What they hold changes no bit."""
+    results = []
+    for filler in (0.0, 1e30):
+        numbers = th.linspace(-1, 1, 56).reshape(7, 8).clone()
+        numbers[:, 5:] = filler
+        numbers.requires_grad_()
+        weights = (th.arange(8) < 5).float()
+        loss = ppo_loss(**dict(zip(NAMES, numbers, strict=True)), clip_range=0.1, ent_coef=0.3, weights=weights)
+        results.append((*(part.detach() for part in loss), th.autograd.grad(loss.total, numbers)[0]))
+    assert all(th.equal(a, b) for a, b in zip(*results, strict=True))

@@ -28,12 +28,14 @@ from torch import nn
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
-from sb3_ppo_from_scratch.engines import UpdateConfig, engine_class
+from sb3_ppo_from_scratch.engines import choose_engine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
+from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv
 
@@ -99,12 +101,12 @@ def autograd(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> t
 
 def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, list[th.Tensor]]:
     engine = NumpyEngine(policy)
-    engine._flat.gradient[:] = np.nan  # whatever is not filled in shows
-    batch = engine._prepared(batch, config)
-    loss, by, distribution = engine._forward(batch, config)
-    engine._network.backward(engine._head.gradient(distribution, batch.actions, by.log_prob, by.entropy), by.values)
-    engine._flat.publish_gradient()
-    return loss, [parameter.grad for parameter in policy.parameters()]
+    engine.flat.gradient[:] = np.nan  # whatever is not filled in shows
+    learner = NumpyLearner(engine, RolloutBuffer(1, policy.observation_space, policy.action_space), config)
+    gradient = learner.gradient(learner.prepared(batch))
+    gradient.backward()
+    engine.flat.publish_gradient()
+    return gradient.loss, [parameter.grad for parameter in policy.parameters()]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -154,7 +156,7 @@ def test_gradient_is_autograds(
 @pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
 def test_exact_kl(action_space: spaces.Space) -> None:
     policy = make_policy(action_space)
-    head = NumpyEngine(policy)._head
+    head = NumpyEngine(policy).head
     old, new = (distribution_parameters(outputs_of(policy, th.randn(64, 5))[0]).detach() + shift for shift in (0.0, 0.1))
     if isinstance(action_space, spaces.Discrete):
         old, new = old.log_softmax(1), new.log_softmax(1)
@@ -300,7 +302,7 @@ def test_parameters_gradients_and_moments_are_the_policys_own() -> None:
     stored = addresses(model)
     model.learn(64)
     assert addresses(model) == stored, "nothing is copied"
-    base = engine._flat.vector.ctypes.data
+    base = engine.flat.vector.ctypes.data
     assert sorted(stored)[0] == base
     for parameter in model.policy.parameters():
         state = optimizer.state[parameter]
@@ -325,6 +327,13 @@ def test_torch_may_take_over_at_any_time() -> None:
     assert model._engine.name == "torch"
 
 
+def copied(policy: ActorCriticPolicy) -> ActorCriticPolicy:
+    """Torch copies no tensor that has a graph, and an update by autograd leaves one in ``action_dist``, as SB3's does."""
+    with th.no_grad():
+        policy.get_distribution(th.zeros(1, *policy.observation_space.shape))
+    return copy.deepcopy(policy)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -334,7 +343,7 @@ def test_torch_may_take_over_at_any_time() -> None:
         pytest.param(lambda m: setattr(m.policy.value_net.weight, "data", th.ones(1, 64)), id="data"),
         pytest.param(lambda m: m.policy.double().float(), id="moved"),
         pytest.param(lambda m: m.policy.optimizer.state.clear(), id="forgotten"),
-        pytest.param(lambda m: setattr(m, "policy", copy.deepcopy(m.policy)), id="copied"),
+        pytest.param(lambda m: setattr(m, "policy", copied(m.policy)), id="copied"),
         pytest.param(lambda m: setattr(m.policy, "optimizer", th.optim.Adam(m.policy.parameters())), id="new optimizer"),
         pytest.param(lambda m: m.policy.zero_grad(), id="zero_grad"),
     ],
@@ -427,7 +436,7 @@ UNSUPPORTED = {
     "custom policy": (lambda: Overriding(VECTOR, spaces.Discrete(2), ConstantSchedule(1e-3)), "type Overriding"),
     "gSDE": (lambda: make_policy(spaces.Box(-1.0, 1.0, (2,)), use_sde=True), "use_sde=True"),
     "activation": (lambda: make_policy(spaces.Discrete(2), activation_fn=nn.GELU), "type GELU"),
-    "optimizer": (lambda: make_policy(spaces.Discrete(2), optimizer_class=th.optim.SGD), "type SGD"),
+    "optimizer": (lambda: make_policy(spaces.Discrete(2), optimizer_class=th.optim.SGD), "not SGD"),
     "float64": (lambda: make_policy(spaces.Discrete(2)).double(), "float32"),
     "hook": (lambda: changed(lambda p: p.action_net.register_forward_hook(lambda *_: None)), "action_net has hooks"),
     "parameter hook": (lambda: changed(lambda p: p.value_net.weight.register_hook(lambda g: g)), "hooks on value_net.weight"),
@@ -455,24 +464,24 @@ UNSUPPORTED = {
 @pytest.mark.parametrize(("make", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_what_it_cannot_do_exactly_it_refuses(make: Callable[[], ActorCriticPolicy], reason: str) -> None:
     policy = make()
-    assert engine_class("auto", policy) is TorchEngine
+    assert choose_engine("auto", policy).engine is TorchEngine
     with pytest.raises(ValueError, match=f"cannot serve this model.*({reason})"):
-        engine_class("numpy", policy)
+        choose_engine("numpy", policy)
 
 
 def test_auto_takes_it_where_it_applies() -> None:
     for shared in (False, True):
         for action_space in ACTION_SPACES.values():
-            assert engine_class("auto", make_policy(action_space, shared)) is NumpyEngine
+            assert choose_engine("auto", make_policy(action_space, shared)).engine is NumpyEngine
 
 
 def test_auto_falls_back_when_the_policy_is_changed_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     model = cartpole(verbose=1).learn(32)
-    assert "Using the numpy engine" in capsys.readouterr().out
+    assert "Using the engine numpy" in capsys.readouterr().out
     calls = []
     model.policy.action_net.register_forward_hook(lambda *_: calls.append(1))
     model.learn(32)
-    assert "Using the torch engine" in capsys.readouterr().out
+    assert "Using the engine torch" in capsys.readouterr().out
     assert calls
 
 
@@ -509,13 +518,13 @@ def test_the_processs_threads_are_left_alone() -> None:
 def test_small_products_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ScratchPPO("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=64, batch_size=128, n_epochs=1, engine="numpy")
     seen = []
-    forward = NumpyEngine._forward
+    gradient = NumpyLearner.gradient
 
-    def watching(self: NumpyEngine, *arguments: Any) -> Any:
+    def watching(self: NumpyLearner, batch: Batch) -> Any:
         seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
-        return forward(self, *arguments)
+        return gradient(self, batch)
 
-    monkeypatch.setattr(NumpyEngine, "_forward", watching)
+    monkeypatch.setattr(NumpyLearner, "gradient", watching)
     with threadpool_limits(limits=2):
         model.learn(128)
     assert set(seen) == {1}

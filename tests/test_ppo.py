@@ -357,7 +357,7 @@ def test_ctrl_c_in_an_update_leaves_a_model_that_trains_on() -> None:
 def test_verbose_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     small(verbose=1, target_kl=1e-9, learning_rate=0.1).learn(32)
     printed = capsys.readouterr().out
-    assert "Using the numpy engine" in printed
+    assert "Using the engine numpy" in printed
     assert "KL above 1.5 * target_kl" in printed
     small(verbose=0).learn(32)
     assert capsys.readouterr().out == ""

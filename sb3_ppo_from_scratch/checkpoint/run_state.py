@@ -51,6 +51,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
     callbacks = [(name, _capture_callback(each)) for name, each in _named(callback)]
     of_callbacks = [part for _, state in callbacks for part in state["envs"].values()]
     problems = [problem for part in (env, *of_callbacks) for problem in part["problems"]]
+    unique = list(dict.fromkeys(problems))
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
     state = {
         "n_envs": model.n_envs,
@@ -58,14 +59,13 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
         "learn": learn,
         "elapsed": time.time_ns() - int(model.start_time),
         "random": _random_states(),
-        "engine": model._current_engine().get_state(),
         "env": env,
         "callbacks": callbacks,
         "logger": capture_logger(model.logger),
-        "problems": list(dict.fromkeys(problems)),
+        "problems": unique,
         "made_with": _surroundings(),
     }
-    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), state["problems"]
+    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), unique
 
 
 def _surroundings() -> dict[str, str]:
@@ -195,7 +195,6 @@ class Resumed:
         _restore_callbacks(callback, self._state["callbacks"], self._trust)
         restore_logger(model.logger, self._state["logger"])
         self.restore_env(model)
-        model._current_engine().set_state(self._state["engine"])
         model.start_time = time.time_ns() - self._state["elapsed"]
 
     def make_logger(self) -> Any:

@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.errors import NonFiniteError
 
-__all__ = ["check_finite", "check_rollout", "check_step"]
+__all__ = ["check_minibatch", "check_rollout", "check_step"]
 
 _CAUSES = {
     "environment": "the environment divides by zero or overflows, or its observations need VecNormalize(clip_obs=...)",
@@ -24,9 +24,11 @@ _CAUSES = {
 }
 
 
-def check_finite(name: str, value: float) -> None:
+def check_minibatch(name: str, value: float) -> None:
     """
-    :param name: of a minibatch's number, ``"loss"`` or ``"gradient"``
+    Before a step along a minibatch's gradient.
+
+    :param name: of its number, ``"loss"`` or ``"gradient"``
     :param value: the number
     :raises NonFiniteError: if it is NaN or infinite
     """

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
-from sb3_ppo_from_scratch.engines.channels_last.engine import ChannelsLastEngine, has_bf16_instructions
+from sb3_ppo_from_scratch.engines.channels_last import ChannelsLastEngine, has_bf16_instructions
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.update import UpdateConfig
+from sb3_ppo_from_scratch.engines.reference import TorchEngine
+from sb3_ppo_from_scratch.update import Loss, minibatch_loss
 
 __all__ = [
     "ENGINE_NAMES",
     "PRECISIONS",
+    "Choice",
     "Engine",
     "PolicyStep",
-    "UpdateConfig",
-    "engine_class",
+    "choose_engine",
     "has_bf16_instructions",
     "make_engine",
 ]
@@ -33,28 +35,40 @@ ENGINE_NAMES = ("auto", *_ENGINES)
 PRECISIONS = ("fp32", "bf16")
 
 
-def engine_class(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> type[Engine]:
-    """
-    The engine of that name, or with ``"auto"`` the fastest that supports ``policy`` with its optimizer, and ``precision``.
+class Choice(NamedTuple):
+    """An engine, and why no faster one."""
 
-    :raises ValueError: for an unknown name, or if no such engine can serve ``policy`` (the message says why)
+    engine: type[Engine]
+    refusals: dict[str, str]
+    """by engine, the reasons of those that come before it"""
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals.items())
+        return self.engine.name + (f" ({reasons})" if reasons else "")
+
+
+def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> Choice:
+    """
+    The engine of that name, or with ``"auto"`` the fastest that can do what is asked for.
+
+    :param name: one of :data:`ENGINE_NAMES`
+    :param policy: with its optimizer
+    :param precision: one of :data:`PRECISIONS`
+    :param loss: of a minibatch
+    :raises ValueError: for an unknown name, or if no such engine can do it (the message says why)
     """
     if name not in ENGINE_NAMES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {name!r}")
-    candidates = _FOR_AUTO if name == "auto" else {name: _ENGINES[name]}
-    reasons = []
-    for each, engine in candidates.items():
-        reason = engine.precision_reason(policy, precision) or engine.unsupported_reason(policy)
+    refusals: dict[str, str] = {}
+    for each, engine in (_FOR_AUTO if name == "auto" else {name: _ENGINES[name]}).items():
+        reason = engine.refusal(policy, precision, loss)
         if reason is None:
-            return engine
-        reasons.append(f"{each}: {reason}")
-    raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({'; '.join(reasons)})")
+            return Choice(engine, refusals)
+        refusals[each] = reason
+    reasons = "; ".join(f"{each}: {reason}" for each, reason in refusals.items())
+    raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({reasons})")
 
 
-def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> Engine:
-    """
-    An engine of :func:`engine_class` for ``policy``.
-
-    :raises ValueError: as there
-    """
-    return engine_class(name, policy, precision)(policy, precision)
+def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> Engine:
+    """The engine that :func:`choose_engine` chooses, for ``policy``."""
+    return choose_engine(name, policy, precision, loss).engine(policy, precision, loss)

@@ -1,8 +1,9 @@
-"""The seam for speed: everything numeric that touches the networks goes through an engine's three calls."""
+"""The seam for speed: everything numeric that touches the networks goes through an engine."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
-from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats
+from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, UpdateStats, minibatch_loss, update
 
 __all__ = ["NAN_MESSAGE", "Engine", "PolicyStep"]
 
@@ -37,13 +38,14 @@ class PolicyStep(NamedTuple):
 
 class Engine(ABC):
     """
-    Acts with a policy, and improves it.
+    Acts with a policy, and finds the gradient that improves it; the loop of an update is :func:`~.update.update`'s.
 
     Whatever happens inside, ``policy`` and ``policy.optimizer`` are left as SB3 would leave them: parameters in place, and the
     optimizer's state per parameter.
 
     :param policy: the policy to work on
     :param precision: number format of the networks' products, one of :attr:`precisions`
+    :param loss: of a minibatch
     """
 
     name: ClassVar[str]
@@ -54,9 +56,10 @@ class Engine(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """What ``precision`` may be."""
 
-    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         self.policy = policy
         self.precision = precision
+        self.loss = loss
 
     @classmethod
     @abstractmethod
@@ -68,15 +71,18 @@ class Engine(ABC):
         """Why it cannot do so with that precision; ``None`` if it can."""
         return None if precision in cls.precisions else f"its precision must be {' or '.join(map(repr, cls.precisions))}"
 
-    def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
-        """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
-
-    def get_state(self) -> Any:
-        """What the next iteration depends on besides the policy and its optimizer, as plain data; ``None`` for nothing."""
+    @classmethod
+    def loss_reason(cls, loss: Loss) -> str | None:
+        """Why it cannot find the gradient of ``loss``; ``None`` if it can."""
         return None
 
-    def set_state(self, state: Any) -> None:  # noqa: B027  # most engines have none
-        """Go on from what :meth:`get_state` returned."""
+    @classmethod
+    def refusal(cls, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> str | None:
+        """The first reason why this engine cannot do all of that; ``None`` if there is none."""
+        return cls.precision_reason(policy, precision) or cls.loss_reason(loss) or cls.unsupported_reason(policy)
+
+    def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
+        """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
 
     @abstractmethod
     def act(self, obs: PyTorchObs) -> PolicyStep:
@@ -95,13 +101,21 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+    def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> AbstractContextManager[Learner[Any]]:
         """
-        Improve the policy on one rollout.
+        Around an update: yields what the loop of :mod:`sb3_ppo_from_scratch.update` works with.
 
         :param buffer: full, with advantages and returns
-        :param config: this update's coefficients
-        :raises NonFiniteError: before a step along a gradient that is not finite (``nan_policy="raise"``): engines pass each
-            minibatch's loss and gradient norm to :func:`sb3_ppo_from_scratch.update.accept`, or leave it out and count
-            it (``"skip"``). Where asking would make the host wait, the step is undone, and the error comes after the update.
+        :param config: the update's coefficients
         """
+
+    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
+        """
+        Improve the policy on one rollout, by the one loop that all engines share.
+
+        :param buffer: full, with advantages and returns
+        :param config: the update's coefficients
+        :raises NonFiniteError: before a step along a gradient that is not finite (``nan_policy="raise"``)
+        """
+        with self.learning(buffer, config) as learner:
+            return update(learner, config)

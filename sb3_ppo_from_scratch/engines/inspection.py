@@ -1,12 +1,17 @@
-"""Whether a policy is still what SB3 built, so that an engine may compute by hand what its modules would."""
+"""Whether a policy and its optimizer are still what SB3 built, so that an engine may compute by hand what they would."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-__all__ = ["has_hooks", "modified_reason", "replaced_method"]
+__all__ = ["adam_reason", "has_hooks", "modified_reason", "replaced_method"]
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module], ...]) -> str | None:
@@ -38,8 +43,8 @@ def _module_reason(module: nn.Module, built_ins: tuple[type[nn.Module], ...]) ->
         return f"is of type {type(module).__name__}"
     if "bias" in module._parameters and module._parameters["bias"] is None:
         return "has no bias"
-    if "forward" in vars(module):
-        return "has had its forward method replaced"
+    if name := replaced_method(module):
+        return f"has had its {name} replaced"
     return "has hooks" if _has_own_hooks(module) else None
 
 
@@ -60,9 +65,10 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
     return None
 
 
-def replaced_method(policy: ActorCriticPolicy) -> str | None:
+def replaced_method(module: nn.Module) -> str | None:
     """A method of this very object that is not its class's."""
-    return next((name for name in vars(policy) if callable(getattr(type(policy), name, None))), None)
+    own = vars(module).keys() - _OF_EVERY_MODULE
+    return next((name for name in own if callable(getattr(type(module), name, None))), None)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -72,3 +78,24 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _has_own_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def adam_reason(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> str | None:
+    """
+    Why a step of ``optimizer`` is not just one of Adam or AdamW on ``parameters``; ``None`` if it is.
+
+    :param optimizer: a policy's
+    :param parameters: all of the policy's
+    """
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return f"the optimizer must be torch's Adam or AdamW, not {type(optimizer).__name__}"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer):
+        return "there are hooks on the optimizer, or its step was replaced"
+    if len(optimizer.param_groups) != 1:
+        return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
+    group = optimizer.param_groups[0]
+    if group["capturable"] or group["differentiable"] or isinstance(group["lr"], th.Tensor):
+        return "the optimizer is capturable or differentiable, or its learning rate is a tensor"
+    if {*map(id, group["params"])} != {*map(id, parameters)}:
+        return "the optimizer has other parameters than the policy's"
+    return None

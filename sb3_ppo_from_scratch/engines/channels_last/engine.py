@@ -4,12 +4,13 @@
 Four things make it faster. Frames stay channels-last bytes from the rollout buffer to the first convolution, so that nothing
 is ever transposed. The two arrays that a minibatch's frames pass through are allocated once per update, for fresh memory costs
 more than what is written into it. The linear layer's products are oneDNN's, as the convolutions' are (:class:`OneDnnLinear`).
-And Adam takes one pass (:class:`sb3_ppo_from_scratch.engines.reference.optimizer.FusedStep`).
+And Adam takes one pass (:func:`fused_adam`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,13 +24,14 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
-from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep, FusedStep
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
+from sb3_ppo_from_scratch.engines.reference.engine import HeadsEngine, Minibatches
+from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
-__all__ = ["ChannelsLastEngine", "OneDnnLinear", "has_bf16_instructions", "is_as_built", "nature_features"]
+__all__ = ["ChannelsLastEngine", "OneDnnLinear", "fused_adam", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
 _CONVOLUTIONS = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
@@ -110,7 +112,7 @@ def has_bf16_instructions() -> bool:
     return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
 
 
-class ChannelsLastEngine(TorchEngine):
+class ChannelsLastEngine(HeadsEngine):
     """
     ``CnnPolicy`` with SB3's ``NatureCNN`` and any action space, on CPU, with Adam or AdamW.
 
@@ -119,17 +121,17 @@ class ChannelsLastEngine(TorchEngine):
     """
 
     name = "channels_last"
-    batched_bootstrap = True
     precisions = tuple(_DTYPES)
 
-    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
-        super().__init__(policy, precision)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
+        super().__init__(policy, precision, loss)
         # bounds of every pixel are compared to find this out
         self._divisor = 255.0 if policy.normalize_images and is_image_space(policy.observation_space) else 1.0
 
     @classmethod
+    @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
-        """It computes the features in its own way; the rest of the policy may be anything."""
+        # it computes the features in its own way; the rest of the policy may be anything
         if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy):
             return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
         if name := replaced_method(policy):
@@ -138,39 +140,44 @@ class ChannelsLastEngine(TorchEngine):
             return "the features extractor must be SB3's NatureCNN without hooks, shared by actor and critic"
         if any(parameter.device.type != "cpu" or parameter.dtype != th.float32 for parameter in policy.parameters()):
             return "the parameters must be float32 and on the CPU"
-        return FusedStep.unsupported_reason(policy.optimizer)
+        return adam_reason(policy.optimizer, policy.parameters())
 
-    @th.no_grad()
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        """See :meth:`Engine.predict_values`."""
-        return self._heads(obs)[0]
-
-    def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        values, distribution = self._heads(obs)
-        actions = distribution.get_actions()
-        log_probs = distribution.log_prob(actions)
-        return actions.reshape(-1, *self.policy.action_space.shape), values, log_probs  # type: ignore[misc]  # no Dict
-
-    def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        values, distribution = self._heads(obs)
-        return values, distribution.log_prob(actions), distribution.entropy()
-
-    def _heads(self, frames: PyTorchObs) -> tuple[th.Tensor, Distribution]:
-        """Values ``[batch_size, 1]`` and the distribution of the actions, in float32."""
-        assert isinstance(frames, th.Tensor)  # a NatureCNN's are
-        frames = frames.to(_DTYPES[self.precision], memory_format=th.channels_last)
+    @override
+    def heads(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
+        assert isinstance(obs, th.Tensor)  # a NatureCNN's are
+        frames = obs.to(_DTYPES[self.precision], memory_format=th.channels_last)
         features = nature_features(self.policy.features_extractor, frames, self._divisor).float()  # type: ignore[arg-type]
         latent_pi, latent_vf = self.policy.mlp_extractor(features)
         return self.policy.value_net(latent_vf), self.policy._get_action_dist_from_latent(latent_pi)
 
-    def _minibatches(self, buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:
+    @override
+    def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """The same minibatches, with frames as the first convolution wants them. Each is gone when the next one comes."""
-        if is_ours(buffer):
-            return FrameLoader(buffer, _DTYPES[self.precision]).minibatches
-        return minibatch_source(buffer)
+        return FrameLoader(buffer, _DTYPES[self.precision]).minibatches if is_ours(buffer) else minibatch_source(buffer)
 
-    def _optimizer_step(self, max_grad_norm: float) -> ClippedStep:
-        return FusedStep(self.policy, max_grad_norm)
+    @override
+    @contextmanager
+    def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[RolloutData]]:
+        with fused_adam(self.policy.optimizer), super().learning(buffer, config) as learner:
+            yield learner
+
+
+@contextmanager
+def fused_adam(optimizer: th.optim.Optimizer) -> Iterator[None]:
+    """
+    Within it, Adam's steps are torch's fused ones: one pass over parameters, gradients and moments instead of a dozen.
+
+    Their rounding differs from the default's.
+
+    :param optimizer: of a policy that :func:`~sb3_ppo_from_scratch.engines.inspection.adam_reason` has nothing against
+    """
+    (group,) = optimizer.param_groups
+    before = {key: group[key] for key in ("fused", "foreach")}
+    group.update(fused=True, foreach=False)
+    try:
+        yield
+    finally:
+        group.update(before)
 
 
 class FrameLoader:
@@ -211,4 +218,4 @@ def is_as_built(extractor: nn.Module) -> bool:
         return False
     if [type(layer) for layer in extractor.linear] != [nn.Linear, nn.ReLU]:
         return False
-    return not any(has_hooks(module) or "forward" in vars(module) for module in extractor.modules())
+    return not any(has_hooks(module) or replaced_method(module) for module in extractor.modules())

@@ -13,9 +13,10 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
+from typing_extensions import override
 
 from sb3_ppo_from_scratch.advantages import fill_gae
-from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, _store, is_channels_last
+from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, is_channels_last
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 
@@ -23,6 +24,11 @@ __all__ = ["DeviceRolloutBuffer"]
 
 _DECIDED_ON_DEVICE = ("values", "log_probs", "advantages", "returns")
 _KNOWN_ON_HOST = ("rewards", "episode_starts", "actions")
+
+
+def _copy(target: th.Tensor, source: th.Tensor) -> None:
+    """Without waiting, whatever the shape."""
+    target.copy_(source.detach().reshape(target.shape), non_blocking=True)
 
 
 def _read_only(tensor: th.Tensor) -> np.ndarray:
@@ -49,16 +55,10 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
     :class:`ScratchRolloutBuffer` with its storage on a device. It works on a CPU too, with the same numbers up to rounding.
 
     The public arrays are NumPy's as everywhere in SB3, but those of what the policy sees and says are copies made on request.
-
-    :param buffer_size: see :class:`ScratchRolloutBuffer`, as all that follow
-    :param observation_space: see there
-    :param action_space: see there
-    :param device: where the storage is
-    :param gae_lambda: see there
-    :param gamma: see there
-    :param n_envs: see there
+    Its parameters are :class:`ScratchRolloutBuffer`'s; ``device`` is where the storage is.
     """
 
+    takes_tensors = True
     observations = _fetched("observations")
     values = _fetched("values")
     log_probs = _fetched("log_probs")
@@ -66,6 +66,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
     returns = _fetched("returns")
     dist_params = _fetched("dist_params")
 
+    @override
     def _allocate_storage(self) -> None:
         self.on_device: dict[str, Any] = {"observations": self._zeros_for(self.observation_space), "dist_params": None}
         """Storage ``[n_envs, n_steps, ...]``: environment by environment, so that its rows are the data set in SB3's order"""
@@ -73,6 +74,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
             self.on_device[name] = self._zeros()
         self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
         self.rewards, self.episode_starts = self._allocate((), np.float32), self._allocate((), np.float32)
+        self.extras = {}
         self._uploads = {name: Upload(self._for_upload(name), self.device) for name in _KNOWN_ON_HOST}
         for name, upload in self._uploads.items():
             self.on_device[name] = upload.tensor
@@ -82,8 +84,6 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
         self._gae = Captured(self._fill_advantages, self.device)
         self._gae_is_ready = False
         self._obs_uploads: dict[str | None, Upload] = {}
-        self._uploaded: Any = None
-        self._uploaded_tensors: Any = None
 
     # ------------------------------------------------------------------ storage
 
@@ -107,84 +107,42 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
 
     # ------------------------------------------------------------------ rollout
 
-    def upload(self, obs: np.ndarray | dict[str, np.ndarray]) -> Observations:
-        """
-        Bring observations to the device, for the policy to look at.
-
-        :param obs: ``[n_envs, *obs_shape]`` or a dict of such; :meth:`add` knows this very object again
-        :return: valid until other observations are uploaded
-        """
+    @override
+    def observe(self, obs: np.ndarray | dict[str, np.ndarray]) -> Observations:
+        """Valid until other observations are brought here; nobody waits for the device."""
         if isinstance(obs, dict):
-            self._uploaded_tensors = {key: self._upload_one(key, value) for key, value in obs.items()}
-        else:
-            self._uploaded_tensors = self._upload_one(None, obs)
-        self._uploaded = obs
-        return self._uploaded_tensors
+            return {key: self._upload(key, value) for key, value in obs.items()}
+        return self._upload(None, obs)
 
-    def _upload_one(self, key: str | None, array: np.ndarray) -> th.Tensor:
+    def _upload(self, key: str | None, array: np.ndarray) -> th.Tensor:
         array = np.asarray(array)
         upload = self._obs_uploads.get(key)
         if upload is None or not upload.fits(array):
             upload = self._obs_uploads[key] = Upload(array, self.device)
         return upload(array)
 
-    def add(
-        self,
-        obs: np.ndarray | dict[str, np.ndarray],
-        action: np.ndarray,
-        reward: np.ndarray,
-        episode_start: np.ndarray,
-        value: th.Tensor,
-        log_prob: th.Tensor,
-        dist_params: th.Tensor | None = None,
-        valid: np.ndarray | None = None,
-    ) -> None:
-        """
-        Store one step of every environment; see :meth:`ScratchRolloutBuffer.add`.
-
-        :param obs: if this very object was given to :meth:`upload` last, it is not uploaded again
-        :param action: see there, as all that follow
-        :param reward: see there
-        :param episode_start: see there
-        :param value: see there; the fastest if it is on the device, as are the next two
-        :param log_prob: see there
-        :param dist_params: see there
-        :param valid: see there
-        :raises IndexError: if the buffer is full
-        """
-        if self.full:
-            raise IndexError(f"the rollout buffer already holds its {self.buffer_size} steps; call reset() first")
-        step = self.pos
-        uploaded = self._uploaded_tensors if obs is self._uploaded else self.upload(obs)
-        if isinstance(uploaded, dict):
-            for key, storage in self.on_device["observations"].items():
-                self._put(storage, uploaded[key])
+    @override
+    def _put_observations(self, obs: Any) -> None:
+        one = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        tensors: Any = obs if isinstance(one, th.Tensor) else self.observe(obs)
+        storage = self.on_device["observations"]
+        if isinstance(storage, dict):
+            for key, each in storage.items():
+                _copy(each[:, self.pos], tensors[key])
         else:
-            self._put(self.on_device["observations"], uploaded)
-        _store(self.actions[step], action)
-        self.rewards[step] = reward
-        self.episode_starts[step] = episode_start
-        self._put(self.on_device["values"], value)
-        self._put(self.on_device["log_probs"], log_prob)
-        if dist_params is not None:
-            if self.on_device["dist_params"] is None:
-                self.on_device["dist_params"] = self._zeros(tuple(dist_params.shape[1:]))
-            self._put(self.on_device["dist_params"], dist_params)
-        self._end_step(valid)
+            _copy(storage[:, self.pos], tensors)
 
-    def _put(self, storage: th.Tensor, source: th.Tensor) -> None:
-        target = storage[:, self.pos]
-        target.copy_(source.detach().reshape(target.shape), non_blocking=True)
+    @override
+    def _put(self, name: str, source: th.Tensor) -> None:
+        if self.on_device[name] is None:
+            self.on_device[name] = self._zeros(tuple(source.shape[1:]))
+        _copy(self.on_device[name][:, self.pos], source)
 
     # --------------------------------------------------------------- advantages
 
+    @override
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
-        """
-        Fill ``advantages`` and ``returns`` on the device (:func:`fill_gae`), without waiting for it.
-
-        :param last_values: ``[n_envs]`` or ``[n_envs, 1]``, values of the observations after the last step
-        :param dones: ``[n_envs]``, whether the last step ended an episode
-        """
+        """By :func:`fill_gae` on the device, without waiting for it."""
         for name, upload in self._uploads.items():
             upload(self._for_upload(name))
         self._end(np.concatenate([dones, [self.gamma, self.gamma * self.gae_lambda]], dtype=np.float32, casting="unsafe"))
@@ -206,6 +164,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
         finite = th.stack([th.isfinite(self.on_device[name]).all() for name in ("rewards", *_DECIDED_ON_DEVICE)])
         self._finite.copy_(finite.all())
 
+    @override
     def is_known_finite(self) -> bool:
         """Whether rewards, values, log-probabilities, advantages and returns are; waits for the device, once for all."""
         return bool(self._finite.item())
@@ -242,15 +201,17 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
             )
         return numbers
 
+    @override
     def dataset(self, by_row: bool = False) -> RolloutData:
-        """See :meth:`ScratchRolloutBuffer.dataset`; here it is on the device, and shares the storage's memory."""
-        data, numbers = self.rows(), self.transitions()
+        """It is on the device, and shares the storage's memory."""
+        extras = {name: self._flatten(value) for name, value in self.extras.items()}
+        data, numbers = self.rows()._replace(extras=extras), self.transitions()
         if by_row:
             data = data._replace(observations=th.arange(data.size, device=self.device))
         return data if numbers is None else data.take(th.as_tensor(numbers, device=self.device), channels_last=True)
 
+    @override
     def flat_observations(self) -> Observations:
-        """See :meth:`ScratchRolloutBuffer.flat_observations`."""
         observations = self.on_device["observations"]
         if isinstance(observations, dict):
             return {key: value.flatten(0, 1) for key, value in observations.items()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -11,6 +14,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs
+from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import is_ours
 from sb3_ppo_from_scratch.engines.base import PolicyStep
@@ -18,14 +22,14 @@ from sb3_ppo_from_scratch.engines.channels_last.engine import is_as_built, natur
 from sb3_ppo_from_scratch.engines.cudagraph import support
 from sb3_ppo_from_scratch.engines.cudagraph.acting import Player
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats
+from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
+from sb3_ppo_from_scratch.engines.reference import HeadsEngine
+from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["CudaGraphEngine"]
 
 
-class CudaGraphEngine(TorchEngine):
+class CudaGraphEngine(HeadsEngine):
     """
     SB3's policies and ``SharedMlpPolicy`` on a CUDA device, with Adam or AdamW, without gSDE.
 
@@ -34,59 +38,65 @@ class CudaGraphEngine(TorchEngine):
     """
 
     name = "cudagraph"
-    batched_bootstrap = True
     buffer_class = DeviceRolloutBuffer
     precisions = ("fp32", "bf16")
 
-    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32"):
-        super().__init__(policy, precision)
+    def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
+        super().__init__(policy, precision, loss)
         self._reads_frames = _has_nature(policy)
         self._divisor = 255.0 if policy.normalize_images and is_image_space(policy.observation_space) else 1.0
         self._player: Player | None = None
-        self._learner: Learner | None = None
+        self._learner: GraphLearner | None = None
         self._addresses: list[int] = []
         self._has_warned = False
 
     @classmethod
+    @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
-        """See :mod:`sb3_ppo_from_scratch.engines.cudagraph.support`."""
         return support.device_reason(policy) or support.unsupported_reason(policy)
 
     @classmethod
+    @override
+    def loss_reason(cls, loss: Loss) -> str | None:
+        """Code of the user's could wait for the device, which cannot be recorded."""
+        return None if loss is minibatch_loss else f"it records PPO's own loss, not {getattr(loss, '__name__', loss)}"
+
+    @classmethod
+    @override
     def precision_reason(cls, policy: ActorCriticPolicy, precision: str) -> str | None:
         """Only the products of a ``NatureCNN`` are large enough for bfloat16 to pay."""
         if precision == "bf16" and not _has_nature(policy):
             return "precision='bf16' is for CnnPolicy with its NatureCNN shared by actor and critic"
         return super().precision_reason(policy, precision)
 
+    @override
     def begin_rollout(self) -> None:
-        """See :meth:`Engine.begin_rollout`: a graph holds the addresses of the parameters."""
-        super().begin_rollout()
+        """A graph holds the addresses of the parameters."""
         addresses = [parameter.data_ptr() for parameter in self.policy.parameters()]
         if addresses != self._addresses:
             self._player, self._addresses = None, addresses
 
+    @override
     def act(self, obs: PyTorchObs) -> PolicyStep:
-        """See :meth:`Engine.act`. Values and the rest stay on the device."""
+        """Values and the rest stay on the device."""
         if self._player is None or not self._player.fits(obs):
-            self._player = Player(self._heads, obs, self.policy.action_space)
+            self._player = Player(self.heads, obs, self.policy.action_space)
         return self._player.act(obs)
 
-    @th.no_grad()
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        """See :meth:`Engine.predict_values`; called with any number of observations, and so without a graph."""
-        return self.policy.value_net(self._latents(obs)[1])
-
-    def update(self, buffer: RolloutBuffer, config: UpdateConfig) -> UpdateStats:
-        """See :meth:`Engine.update`."""
+    @override
+    @contextmanager
+    def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[Any]]:
         if not (is_ours(buffer) and isinstance(buffer, DeviceRolloutBuffer)):
             self._warn(f"updates from a {type(buffer).__name__} are the reference engine's; DeviceRolloutBuffer is faster")
-            return super().update(buffer, config)
-        if self._learner is None or self._learner.key != Learner.key_of(self.policy, buffer, config):
+            with super().learning(buffer, config) as learner:
+                yield learner
+            return
+        if self._learner is None or self._learner.key != GraphLearner.key_of(self.policy, buffer, config):
             self._learner = None
             gc.collect()  # it holds itself in circles, and a graph's memory is large
-            self._learner = Learner(self.policy, self._heads, buffer, config)
-        return self._learner.update(config)
+            self._learner = GraphLearner(self.policy, self.heads, buffer, config)
+        with self._learner.replayed(config) as update:
+            yield update
 
     def _warn(self, message: str) -> None:
         if not self._has_warned:
@@ -95,17 +105,8 @@ class CudaGraphEngine(TorchEngine):
 
     # ------------------------------------------------------------------ networks
 
-    def _forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        values, distribution = self._heads(obs)
-        actions = distribution.get_actions()
-        return actions.reshape(-1, *self.policy.action_space.shape), values, distribution.log_prob(actions)  # type: ignore[misc]  # no Dict
-
-    def _evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        values, distribution = self._heads(obs)
-        return values, distribution.log_prob(actions), distribution.entropy()
-
-    def _heads(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
-        """Values ``[batch_size, 1]`` and the distribution of the actions."""
+    @override
+    def heads(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
         latent_pi, latent_vf = self._latents(obs)
         return self.policy.value_net(latent_vf), self.policy._get_action_dist_from_latent(latent_pi)
 

@@ -9,27 +9,31 @@ is read at the end, and is the one thing that the host waits for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, exact_kl
 from sb3_ppo_from_scratch.engines.cudagraph.acting import Heads
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines.cudagraph.padding import mean_of_rows, normalize_rows, padded_ppo_loss
 from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
-from sb3_ppo_from_scratch.losses import PPOLoss
-from sb3_ppo_from_scratch.update import UpdateConfig, UpdateStats, accept
+from sb3_ppo_from_scratch.losses import PPOLoss, weighted_mean
+from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, minibatch_loss
 
-__all__ = ["Learner", "draw_plan", "read_log"]
+__all__ = ["GraphLearner", "ReplayedUpdate", "draw_plan"]
 
 _COEFFICIENTS = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm", "kl_limit", "raises")
+_NUMBERS = ("advantages", "returns", "old_values", "old_log_prob")
 _MEASURED = (*PPOLoss._fields, "grad_norm", "kl", "stepped")
 """Columns of the log, one row per minibatch."""
 
@@ -57,38 +61,57 @@ def draw_plan(rows: np.ndarray, width: int, n_epochs: int) -> tuple[np.ndarray, 
     return plan.reshape(-1, width + 1), states
 
 
-def read_log(log: np.ndarray, per_epoch: int, config: UpdateConfig) -> UpdateStats:
+class _Row(NamedTuple):
+    """What was measured on one minibatch."""
+
+    loss: PPOLoss
+    grad_norm: float
+    kl: float
+    """exact, in nats; NaN if the old distribution is not known"""
+    stepped: float
+
+
+class ReplayedUpdate(Learner[_Row]):
     """
-    What the reference engine would have noted of the same minibatches, stopping where it would have stopped.
+    An update that has been done already, for the loop to read: its minibatches are the rows of the log.
+
+    The loop then notes, stops and raises where it would have, had it been there.
 
     :param log: ``[n_minibatches, len(_MEASURED)]``, float32
     :param per_epoch: minibatches per epoch
-    :param config: the update's
-    :raises NonFiniteError: with ``nan_policy="raise"``, at the first loss or gradient that is not finite
     """
-    stats, kls = UpdateStats(), list[np.float32]()
-    for first in range(0, len(log), per_epoch):
-        stats.begin_epoch()
-        kls = []
-        for row in log[first : first + per_epoch]:
-            loss, (norm, kl, _) = PPOLoss(*row[:6]), row[6:]
-            if not accept("loss", float(loss.total), config.nan_policy, stats):
-                continue
-            kls.append(kl)
-            if config.target_kl is not None and loss.approx_kl > np.float32(1.5 * config.target_kl):
-                stats.stopped_early = True
-                stats.add(loss)
-                break
-            if accept("gradient", float(norm), config.nan_policy, stats):
-                stats.add(loss, norm)
-        if stats.stopped_early:
-            break
-    mean = np.mean(kls) if kls else np.nan
-    stats.kl = None if np.isnan(mean) else float(mean)
-    return stats
+
+    def __init__(self, log: np.ndarray, per_epoch: int):
+        self.epochs = 0
+        """How many have been read."""
+        self._log, self._per_epoch = log, per_epoch
+        self._norm = math.nan
+
+    @override
+    def minibatches(self) -> Iterable[_Row]:
+        first = self.epochs * self._per_epoch
+        self.epochs += 1
+        return [_Row(PPOLoss(*row[:6]), *row[6:]) for row in self._log[first : first + self._per_epoch]]
+
+    @override
+    def gradient(self, batch: _Row) -> Gradient:
+        self._norm = batch.grad_norm
+        return Gradient(batch.loss, lambda: None, None if math.isnan(batch.kl) else batch.kl)
+
+    @override
+    def clip_gradient(self) -> float:
+        return self._norm
+
+    @override
+    def step(self) -> None:
+        """It has been taken."""
+
+    @override
+    def mean_kl(self, kl_terms: Sequence[float]) -> float | None:
+        return float(np.mean(kl_terms)) if kl_terms else None
 
 
-class Learner:
+class GraphLearner:
     """
     Updates a policy on the rollouts in one buffer.
 
@@ -100,7 +123,6 @@ class Learner:
 
     def __init__(self, policy: ActorCriticPolicy, heads: Heads, buffer: DeviceRolloutBuffer, config: UpdateConfig):
         self.policy, self.heads, self.buffer = policy, heads, buffer
-        self.normalizes, self.clips_values = config.normalize_advantage, config.clip_range_vf is not None
         self.data = buffer.rows()
         self.parameters: list[th.Tensor] = list(policy.parameters())
         self.key = self.key_of(policy, buffer, config)
@@ -112,6 +134,10 @@ class Learner:
         self.numbers = Upload(numbers, device)
         coefficients, self.steps = self.numbers.tensor.split([len(_COEFFICIENTS), len(self.parameters)])
         self.coefficients = dict(zip(_COEFFICIENTS, coefficients.unbind(), strict=True))
+        on_device = {name: self.coefficients[name] for name in ("clip_range", "ent_coef", "vf_coef")}
+        if config.clip_range_vf is not None:
+            on_device["clip_range_vf"] = self.coefficients["clip_range_vf"]
+        self._config = dataclasses.replace(config, **on_device)
         self.index = th.zeros(1, dtype=th.int64, device=device)
         self.stopped = th.zeros((), dtype=th.bool, device=device)
         self.log = th.zeros((capacity, len(_MEASURED)), device=device)
@@ -157,34 +183,26 @@ class Learner:
 
     def _loss(self, batch: RolloutData, n_rows: th.Tensor) -> tuple[PPOLoss, th.Tensor]:
         """The loss, and the exact KL between the behaviour policy and the one now (NaN where the former is not known)."""
-        coefficients = {name: self.coefficients[name] for name in ("clip_range", "ent_coef", "vf_coef")}
-        coefficients["clip_range_vf"] = self.coefficients["clip_range_vf"] if self.clips_values else None
         actions = batch.actions
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
         values, distribution = self.heads(batch.observations)
-        is_row, n_rows = self.positions < n_rows, n_rows.to(values.dtype)
-        advantages = batch.advantages.to(values.dtype)
-        loss = padded_ppo_loss(
-            values.flatten(),
-            distribution.log_prob(actions),
-            distribution.entropy(),
-            is_row,
-            n_rows,
-            advantages=normalize_rows(advantages, is_row, n_rows) if self.normalizes else advantages,
-            returns=batch.returns.to(values.dtype),
-            old_values=batch.old_values.to(values.dtype),
-            old_log_prob=batch.old_log_prob.to(values.dtype),
-            **coefficients,
-        )
+        outputs = PolicyOutputs(values.flatten(), distribution.log_prob(actions), distribution.entropy(), distribution)
+        weights = (self.positions < n_rows).to(values.dtype)
+        numbers = {name: getattr(batch, name).to(values.dtype) for name in _NUMBERS}
+        loss = minibatch_loss(outputs, batch._replace(**numbers), self._config, weights)
         with th.no_grad():
-            new = distribution_parameters(distribution)
-            if batch.dist_params is None or new is None:
+            old, new = batch.dist_params, outputs.dist_params
+            if old is None or new is None:
                 return loss, th.full_like(loss.total, th.nan)
-            return loss, mean_of_rows(exact_kl(distribution, batch.dist_params, new), is_row, n_rows)
+            return loss, weighted_mean(exact_kl(distribution, old, new), weights)
 
     def _decide(self, loss: PPOLoss, norm: th.Tensor) -> th.Tensor:
-        """Whether to step along this gradient (scalar, bool); what stops the update stops it for all later minibatches."""
+        """
+        Whether to step along this gradient (scalar, bool): the decisions of the loop of an update, on the device.
+
+        What stops the update stops it for all later minibatches.
+        """
         self.stopped.logical_or_(th.isfinite(loss.total) & (loss.approx_kl > self.coefficients["kl_limit"]))
         is_finite = th.isfinite(loss.total + norm)
         takes_step = is_finite & ~self.stopped
@@ -218,12 +236,12 @@ class Learner:
 
     # ---------------------------------------------------------------- the update
 
-    def update(self, config: UpdateConfig) -> UpdateStats:
+    @contextmanager
+    def replayed(self, config: UpdateConfig) -> Iterator[ReplayedUpdate]:
         """
-        Several epochs over the rollout in the buffer. Between its first line and the reading of the log nobody waits.
+        Do an update, and yield what the loop reads of it. Between the first line and the reading of the log nobody waits.
 
         :param config: with the same :meth:`key_of` as the constructor's
-        :raises NonFiniteError: see :func:`read_log`; the policy is then as it was before that minibatch
         """
         rows = self.buffer.transitions()
         plan, states = draw_plan(np.arange(self.data.size) if rows is None else rows, self.width, config.n_epochs)
@@ -238,9 +256,11 @@ class Learner:
             self._minibatch()
         log = self.log[: len(plan)].cpu().numpy()
         self._write_back(int(log[:, -1].sum()))
-        stats = read_log(log, len(plan) // config.n_epochs, config)
-        np.random.set_state(states[stats.epochs - 1])  # as if the epochs after an early stop had never been drawn
-        return stats
+        update = ReplayedUpdate(log, len(plan) // config.n_epochs)
+        try:
+            yield update
+        finally:  # as if the epochs after an early stop had never been drawn
+            np.random.set_state(states[max(update.epochs, 1) - 1])
 
     def _upload(self, plan: np.ndarray, config: UpdateConfig) -> None:
         whole = np.zeros(tuple(self.plan.tensor.shape), np.int64)  # with fewer transitions there are fewer minibatches

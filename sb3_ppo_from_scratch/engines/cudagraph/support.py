@@ -11,8 +11,7 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
 
-from sb3_ppo_from_scratch.engines.inspection import has_hooks, replaced_method
-from sb3_ppo_from_scratch.engines.reference.optimizer import FusedStep
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 
 __all__ = ["device_reason", "unsupported_reason"]
@@ -38,11 +37,9 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
         return f"the policy must be one of SB3's or SharedMlpPolicy, not {type(policy).__name__}"
     if policy.use_sde:
         return "gSDE makes new noise matrices now and then, which a graph would not see"
-    if name := replaced_method(policy):
-        return f"the policy's {name} was replaced"
     for module in policy.modules():
-        if has_hooks(module) or "forward" in vars(module):
-            return "there are hooks on the policy, or replaced forward methods"
+        if has_hooks(module) or replaced_method(module):
+            return "there are hooks on the policy, or replaced methods"
         if module is not policy and not _is_known(module):
             return f"it does not know modules of type {type(module).__name__}"
     parameters = list(policy.parameters())
@@ -50,18 +47,8 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
         return "it takes trainable, contiguous float32 parameters only"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
         return "there are hooks on parameters"
-    return _optimizer_reason(policy.optimizer, parameters)
+    return adam_reason(policy.optimizer, parameters)
 
 
 def _is_known(module: nn.Module) -> bool:
     return type(module) in (*_EXTRACTORS, *_LAYERS) or type(module).__module__ == "torch.nn.modules.activation"
-
-
-def _optimizer_reason(optimizer: th.optim.Optimizer, parameters: list[nn.Parameter]) -> str | None:
-    if reason := FusedStep.unsupported_reason(optimizer):
-        return reason
-    if len(optimizer.param_groups) != 1 or [*map(id, optimizer.param_groups[0]["params"])] != [*map(id, parameters)]:
-        return "the optimizer must have the policy's parameters, in one group"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer):
-        return "there are hooks on the optimizer, or its step was replaced"
-    return None

@@ -58,7 +58,7 @@ class ReLU(Activation):
 
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
         """See :meth:`Activation.backward`."""
-        gradient *= np.sign(y, out=y)
+        gradient *= np.greater(y, 0, out=y, casting="unsafe")  # ten times as fast as np.sign in place
 
 
 class LeakyReLU(Activation):

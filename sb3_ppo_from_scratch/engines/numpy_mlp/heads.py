@@ -38,7 +38,7 @@ class Head(ABC):
         """
 
     @abstractmethod
-    def sample(self, given: Any) -> np.ndarray:
+    def sample(self, dist: Any) -> np.ndarray:
         """
         Draw actions from torch's global generator.
 
@@ -54,29 +54,29 @@ class Head(ABC):
         """
 
     @abstractmethod
-    def log_prob(self, given: Any, actions: np.ndarray) -> np.ndarray:
+    def log_prob(self, dist: Any, actions: np.ndarray) -> np.ndarray:
         """
         :param actions: from :meth:`encode`
         :return: ``[B]``
         """
 
     @abstractmethod
-    def entropy(self, given: Any) -> np.ndarray | float:
+    def entropy(self, dist: Any) -> np.ndarray | float:
         """In nats, ``[B]``, or one number where it is the same for all."""
 
     @abstractmethod
-    def gradient(self, given: Any, actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float) -> np.ndarray:
+    def gradient(self, dist: Any, actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float) -> np.ndarray:
         r"""
         Chain rule: :math:`\partial L / \partial z`, and into the head's own parameters' gradients theirs.
 
         :param actions: from :meth:`encode`
-        :param by_log_prob: :math:`\partial L / \partial \log\pi(a|s)`, ``[B]``
-        :param by_entropy: :math:`\partial L / \partial S[\pi](s)`, the same for all samples
+        :param grad_log_prob: :math:`\partial L / \partial \log\pi(a|s)`, ``[B]``
+        :param grad_entropy: :math:`\partial L / \partial S[\pi](s)`, the same for all samples
         :return: ``[n_outputs, B]``
         """
 
     @abstractmethod
-    def parameters(self, given: Any) -> np.ndarray:
+    def parameters(self, dist: Any) -> np.ndarray:
         """``[B, n_params]``, as :func:`sb3_ppo_from_scratch.distributions.distribution_parameters` has them."""
 
     @abstractmethod
@@ -124,9 +124,9 @@ class CategoricalHead(Head):
             return operation.reduce(rows)
         return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
-    def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.sample`. The fastest of several exponential clocks with rates p is a draw from p."""
-        probs = given[1]
+        probs = dist[1]
         clocks = (th.from_numpy(np.empty(probs[rows].shape[::-1], probs.dtype)).exponential_() for rows in self._slices)
         actions = [(probs[rows] / times.numpy().T).argmax(0) for rows, times in zip(self._slices, clocks, strict=True)]
         return actions[0] if len(actions) == 1 else np.stack(actions, axis=1)
@@ -141,33 +141,33 @@ class CategoricalHead(Head):
         positions += _arange(batch_size)
         return positions
 
-    def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+    def log_prob(self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """See :meth:`Head.log_prob`."""
-        logits = given[0]
+        logits = dist[0]
         chosen = logits.take(actions)
         return chosen[0] if len(chosen) == 1 else np.add.reduce(chosen, axis=0)
 
-    def entropy(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def entropy(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.entropy`. A logit of minus infinity counts as the smallest number, as in torch."""
-        logits, probs = given
+        logits, probs = dist
         return -np.add.reduce(probs * self._bounded(logits), axis=0)
 
     def gradient(
-        self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float
+        self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float
     ) -> np.ndarray:
         """See :meth:`Head.gradient`."""
-        logits, probs = given
-        gradient = probs * -by_log_prob
-        gradient.reshape(-1)[actions] += by_log_prob
-        if by_entropy != 0:
+        logits, probs = dist
+        gradient = probs * -grad_log_prob
+        gradient.reshape(-1)[actions] += grad_log_prob
+        if grad_entropy != 0:
             weighted = probs * self._bounded(logits)
             weighted -= probs * self._per_factor(np.add, weighted)
-            gradient -= by_entropy * weighted
+            gradient -= grad_entropy * weighted
         return gradient
 
-    def parameters(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def parameters(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The normalised logits."""
-        return given[0].T
+        return dist[0].T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
         r""":math:`\sum_j p_j (\ell_j - \ell'_j)`, see :meth:`Head.mean_kl`."""
@@ -193,41 +193,41 @@ class BernoulliHead(Head):
         """z, the probabilities and softplus(z), ``[n_outputs, B]`` each."""
         return outputs, sigmoid(outputs), np.logaddexp(0, outputs)
 
-    def sample(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def sample(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.sample`."""
-        return th.bernoulli(th.from_numpy(np.ascontiguousarray(given[1].T))).numpy()
+        return th.bernoulli(th.from_numpy(np.ascontiguousarray(dist[1].T))).numpy()
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """``[n_outputs, B]``, 0 or 1."""
         return np.ascontiguousarray(actions.T)
 
-    def log_prob(self, given: tuple[np.ndarray, np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+    def log_prob(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """See :meth:`Head.log_prob`."""
-        outputs, _, softplus = given
+        outputs, _, softplus = dist
         return np.add.reduce(actions * outputs - softplus, axis=0)
 
-    def entropy(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def entropy(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.entropy`."""
-        outputs, probs, softplus = given
+        outputs, probs, softplus = dist
         return np.add.reduce(softplus - probs * outputs, axis=0)
 
     def gradient(
         self,
-        given: tuple[np.ndarray, np.ndarray, np.ndarray],
+        dist: tuple[np.ndarray, np.ndarray, np.ndarray],
         actions: np.ndarray,
-        by_log_prob: np.ndarray,
-        by_entropy: float,
+        grad_log_prob: np.ndarray,
+        grad_entropy: float,
     ) -> np.ndarray:
         """See :meth:`Head.gradient`."""
-        outputs, probs, _ = given
-        gradient = (actions - probs) * by_log_prob
-        if by_entropy != 0:
-            gradient -= by_entropy * outputs * probs * (1 - probs)
+        outputs, probs, _ = dist
+        gradient = (actions - probs) * grad_log_prob
+        if grad_entropy != 0:
+            gradient -= grad_entropy * outputs * probs * (1 - probs)
         return gradient
 
-    def parameters(self, given: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def parameters(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """The logits z."""
-        return given[0].T
+        return dist[0].T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
         r""":math:`\sum_j p_j (z_j - z'_j) + \mathrm{softplus}(z'_j) - \mathrm{softplus}(z_j)`, see :meth:`Head.mean_kl`."""
@@ -248,20 +248,20 @@ class GaussianHead(Head):
         S &= \sum_j \log\sigma_j + \tfrac12 (1 + \log 2\pi), & & & \frac{\partial S}{\partial \log\sigma_j} &= 1
 
     :param log_std: :math:`\log\sigma`, ``[d]``
-    :param by_log_std: where the gradient by it goes, ``[d]``
+    :param grad_log_std: where the gradient by it goes, ``[d]``
     """
 
-    def __init__(self, log_std: np.ndarray, by_log_std: np.ndarray):
+    def __init__(self, log_std: np.ndarray, grad_log_std: np.ndarray):
         self.log_std = log_std
-        self.by_log_std = by_log_std
+        self.grad_log_std = grad_log_std
 
     def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The means ``[d, B]`` and the standard deviations ``[d, 1]``."""
         return outputs, np.exp(self.log_std)[:, None]
 
-    def sample(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """See :meth:`Head.sample`."""
-        mean, std = given
+        mean, std = dist
         noise = th.from_numpy(np.empty(mean.shape[::-1], mean.dtype)).normal_().numpy()
         return mean.T + std.T * noise
 
@@ -269,31 +269,32 @@ class GaussianHead(Head):
         """``[d, B]``"""
         return np.ascontiguousarray(actions.T)
 
-    def log_prob(self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
+    def log_prob(self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """See :meth:`Head.log_prob`."""
-        mean, std = given
+        mean, std = dist
         squares = ((actions - mean) / std) ** 2
         constant = float(self.log_std.sum()) + len(std) * 0.5 * math.log(2 * math.pi)
         return -0.5 * np.add.reduce(squares, axis=0) - constant
 
-    def entropy(self, given: tuple[np.ndarray, np.ndarray]) -> float:
+    def entropy(self, dist: tuple[np.ndarray, np.ndarray]) -> float:
         """See :meth:`Head.entropy`."""
         return float(self.log_std.sum()) + len(self.log_std) * 0.5 * (1 + math.log(2 * math.pi))
 
     def gradient(
-        self, given: tuple[np.ndarray, np.ndarray], actions: np.ndarray, by_log_prob: np.ndarray, by_entropy: float
+        self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float
     ) -> np.ndarray:
         """See :meth:`Head.gradient`."""
-        mean, std = given
+        mean, std = dist
         deviation = (actions - mean) / std
-        weighted = deviation * by_log_prob
-        self.by_log_std[:] = np.add.reduce(weighted * deviation, axis=1) - by_log_prob.sum() + by_entropy * len(by_log_prob)
+        weighted = deviation * grad_log_prob
+        self.grad_log_std[:] = np.add.reduce(weighted * deviation, axis=1)
+        self.grad_log_std += grad_entropy * len(grad_log_prob) - grad_log_prob.sum()
         weighted /= std
         return weighted
 
-    def parameters(self, given: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def parameters(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The means, then the log standard deviations."""
-        mean, _ = given
+        mean, _ = dist
         return np.concatenate([mean, np.broadcast_to(self.log_std[:, None], mean.shape)]).T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:

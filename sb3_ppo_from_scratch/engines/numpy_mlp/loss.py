@@ -29,15 +29,31 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, data: RolloutData) -> Batch:
         """Share the memory of ``data``, or of SB3's samples, on CPU."""
-        return cls(*(None if field is None else field.numpy() for field in data))  # type: ignore[union-attr, arg-type]
+        return cls(*(None if field is None else field.numpy() for field in data[: len(cls._fields)]))  # type: ignore[union-attr, arg-type]
 
-    def take(self, order: np.ndarray) -> Batch:
-        """A copy of those transitions, in that order."""
-        return Batch(*(None if field is None else field.take(order, axis=0) for field in self))  # type: ignore[arg-type]
+    @property
+    def size(self) -> int:
+        """Number of transitions, B."""
+        return len(self.advantages)
+
+    def like(self) -> Batch:
+        """Arrays of the same shapes, with nothing in them yet."""
+        return Batch(*(None if field is None else np.empty(field.shape, field.dtype) for field in self))  # type: ignore[arg-type]
+
+    def gather(self, order: np.ndarray, out: Batch) -> None:
+        """
+        Copy the transitions.
+
+        :param order: ``[B]``, their numbers
+        :param out: receives them, in that order
+        """
+        for field, target in zip(self, out, strict=True):
+            if field is not None:
+                field.take(order, axis=0, out=target, mode="clip")  # other modes would gather twice
 
     def cut(self, batch_size: int) -> Iterator[Batch]:
         """Minibatches in their order, as views; the last one may be smaller."""
-        for start in range(0, len(self.advantages), batch_size):
+        for start in range(0, self.size, batch_size):
             part = slice(start, start + batch_size)
             yield Batch(*(None if field is None else field[part] for field in self))  # type: ignore[arg-type]
 
@@ -106,21 +122,21 @@ def ppo_gradient(
     clipped = np.minimum(np.maximum(ratio, 1 - config.clip_range), 1 + config.clip_range)
     clipped *= batch.advantages
     np.minimum(unclipped, clipped, out=policy)
-    by_log_prob = unclipped * (unclipped <= clipped)
-    by_log_prob *= -1 / size
+    grad_log_prob = unclipped * (unclipped <= clipped)
+    grad_log_prob *= -1 / size
 
     error, learns = _value_error(values, batch, config.clip_range_vf)
     np.multiply(error, error, out=value)
-    by_values = error * (2 * config.vf_coef / size)
+    grad_values = error * (2 * config.vf_coef / size)
     if learns is not None:
-        by_values *= learns
+        grad_values *= learns
     entropies[:] = entropy
 
     sums = (np.add.reduce(terms, axis=1) / size).tolist()
     policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction = -sums[0], sums[1], -sums[2], sums[3], sums[4]
     total = policy_loss + config.ent_coef * entropy_loss + config.vf_coef * value_loss
     loss = PPOLoss(total, policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction)
-    return loss, OutputGradients(by_log_prob, -config.ent_coef / size, by_values)
+    return loss, OutputGradients(grad_log_prob, -config.ent_coef / size, grad_values)
 
 
 def _value_error(values: np.ndarray, batch: Batch, clip_range_vf: float | None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -124,13 +124,13 @@ class Stack:
             latent = y
         return latent
 
-    def by_latent(self, batch_size: int) -> np.ndarray:
+    def grad_latent(self, batch_size: int) -> np.ndarray:
         """Where the gradient by what :meth:`forward` returned goes, of its shape."""
         return self._workspace(batch_size).gradients[-1]
 
     def backward(self, features: np.ndarray) -> None:
         """
-        Fill the layers' gradients, from that in :meth:`by_latent`. The activations are used up.
+        Fill the layers' gradients, from that in :meth:`grad_latent`. The activations are used up.
 
         :param features: what :meth:`forward` was given last
         """
@@ -139,8 +139,8 @@ class Stack:
             layer, gradient = self.layers[index], gradients[index]
             layer.activation.backward(inputs[index], outputs[index], gradient)
             below = outputs[index - 1] if index > 0 else features[None]
-            np.matmul(gradient.transpose(0, 2, 1), below, out=layer.by_weight)
-            np.matmul(ones, gradient, out=layer.by_bias)
+            np.matmul(gradient.transpose(0, 2, 1), below, out=layer.grad_weight)
+            np.matmul(ones, gradient, out=layer.grad_bias)
             if index > 0:
                 np.matmul(gradient, layer.weight, out=gradients[index - 1])
 
@@ -154,17 +154,17 @@ class _Layer(NamedTuple):
     """the same memory as ``[G, n_in, n_out]``"""
     bias: np.ndarray
     """``[G, 1, n_out]``"""
-    by_weight: np.ndarray
-    by_bias: np.ndarray
+    grad_weight: np.ndarray
+    grad_bias: np.ndarray
     activation: Activation
 
     @classmethod
     def of(cls, members: list[tuple[nn.Linear, nn.Module]], flat: FlatParameters) -> _Layer:
-        weight, by_weight = flat.arrays(*(linear.weight for linear, _ in members))
-        bias, by_bias = flat.arrays(*(linear.bias for linear, _ in members))
+        weight, grad_weight = flat.arrays(*(linear.weight for linear, _ in members))
+        bias, grad_bias = flat.arrays(*(linear.bias for linear, _ in members))
         activation = activation_of(members[0][1])
         assert activation is not None  # or the engine would not have taken this policy
-        return cls(weight, weight.transpose(0, 2, 1), bias[:, None], by_weight, by_bias[:, None], activation)
+        return cls(weight, weight.transpose(0, 2, 1), bias[:, None], grad_weight, grad_bias[:, None], activation)
 
 
 class _Workspace(NamedTuple):
@@ -190,15 +190,21 @@ class ActorCriticNetwork:
 
     def __init__(self, layers: Layers, flat: FlatParameters):
         latent_dims = (layers.action_net.in_features, layers.value_net.in_features)
+        self._features = np.empty((0, 0))
+        self._latents: list[np.ndarray] = []
         self.largest_layer = max(parameter.numel() for parameter in flat.parameters)
         # a stack of two towers has one width, that of either head
         self.stacks = [Stack(stack, flat, width) for stack, width in zip(layers.stacks(), latent_dims, strict=False)]
-        (weight, by_weight), (bias, by_bias) = flat.arrays(layers.action_net.weight), flat.arrays(layers.action_net.bias)
-        self.action_weight, self.by_action_weight = weight[0], by_weight[0]
-        self.action_bias, self.by_action_bias = bias[0][:, None], by_bias[0]
-        (weight, by_weight), (bias, by_bias) = flat.arrays(layers.value_net.weight), flat.arrays(layers.value_net.bias)
-        self.value_weight, self.by_value_weight = weight[0, 0], by_weight[0, 0]
-        self.value_bias, self.by_value_bias = bias[0], by_bias[0]
+        (weight, grad_weight), (bias, grad_bias) = flat.arrays(layers.action_net.weight), flat.arrays(layers.action_net.bias)
+        self.action_weight, self.grad_action_weight = weight[0], grad_weight[0]
+        self.action_bias, self.grad_action_bias = bias[0][:, None], grad_bias[0]
+        (weight, grad_weight), (bias, grad_bias) = flat.arrays(layers.value_net.weight), flat.arrays(layers.value_net.bias)
+        self.value_weight, self.grad_value_weight = weight[0, 0], grad_weight[0, 0]
+        self.value_bias, self.grad_value_bias = bias[0], grad_bias[0]
+
+    def forget(self) -> None:
+        """Let go of what :meth:`forward` was given: it may be a view of a whole rollout."""
+        self._features, self._latents = self._features[:0].copy(), []
 
     def forward(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -213,22 +219,22 @@ class ActorCriticNetwork:
         values += self.value_bias
         return outputs, values
 
-    def backward(self, by_outputs: np.ndarray, by_values: np.ndarray) -> None:
+    def backward(self, grad_outputs: np.ndarray, grad_values: np.ndarray) -> None:
         """
         Fill the gradient of every layer, of the last :meth:`forward`, whose activations are used up.
 
-        :param by_outputs: ``[n_outputs, B]``
-        :param by_values: ``[B]``
+        :param grad_outputs: ``[n_outputs, B]``
+        :param grad_values: ``[B]``
         """
-        np.matmul(by_outputs, self._latents[0], out=self.by_action_weight)
-        np.add.reduce(by_outputs, axis=1, out=self.by_action_bias)
-        np.matmul(by_values, self._latents[-1], out=self.by_value_weight)
-        np.add.reduce(by_values, keepdims=True, out=self.by_value_bias)
-        by_latents = [latent for stack in self.stacks for latent in stack.by_latent(len(by_values))]
-        np.matmul(by_outputs.T, self.action_weight, out=by_latents[0])
-        if len(by_latents) == 1:  # both heads on one trunk
-            by_latents[0] += by_values[:, None] * self.value_weight
+        np.matmul(grad_outputs, self._latents[0], out=self.grad_action_weight)
+        np.add.reduce(grad_outputs, axis=1, out=self.grad_action_bias)
+        np.matmul(grad_values, self._latents[-1], out=self.grad_value_weight)
+        np.add.reduce(grad_values, keepdims=True, out=self.grad_value_bias)
+        grad_latents = [latent for stack in self.stacks for latent in stack.grad_latent(len(grad_values))]
+        np.matmul(grad_outputs.T, self.action_weight, out=grad_latents[0])
+        if len(grad_latents) == 1:  # both heads on one trunk
+            grad_latents[0] += grad_values[:, None] * self.value_weight
         else:
-            np.multiply(by_values[:, None], self.value_weight, out=by_latents[1])
+            np.multiply(grad_values[:, None], self.value_weight, out=grad_latents[1])
         for stack in self.stacks:
             stack.backward(self._features)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.engines.reference.engine import HeadsEngine, TorchEngine
 
-__all__ = ["TorchEngine"]
+__all__ = ["HeadsEngine", "TorchEngine"]

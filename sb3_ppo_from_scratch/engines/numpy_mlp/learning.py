@@ -1,0 +1,111 @@
+"""One update in NumPy: minibatches prepared as far as can be without the network, and their gradient by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.buffers import RolloutBuffer
+from typing_extensions import override
+
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_ours
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
+from sb3_ppo_from_scratch.update import Gradient, Learner, UpdateConfig
+
+if TYPE_CHECKING:
+    from sb3_ppo_from_scratch.engines.numpy_mlp.engine import NumpyEngine
+
+__all__ = ["NumpyLearner"]
+
+
+class NumpyLearner(Learner[Batch]):
+    """
+    The gradient into the engine's flat vector, and Adam on it.
+
+    :param engine: its network, head and optimizer
+    :param buffer: full
+    :param config: the update's coefficients
+    """
+
+    def __init__(self, engine: NumpyEngine, buffer: RolloutBuffer, config: UpdateConfig):
+        self.engine, self.buffer, self.config = engine, buffer, config
+        self._epochs = _Epochs(engine, buffer) if is_ours(buffer) else None
+        is_one = self._epochs is not None and self._epochs.data.size <= config.batch_size
+        self._whole = self.prepared(self._epochs.data) if self._epochs is not None and is_one else None
+
+    @override
+    def minibatches(self) -> Iterable[Batch]:
+        """Ours is gathered once per epoch; other buffers hand out their own."""
+        if self._epochs is None:
+            samples = map(Batch.of, self.buffer.get(self.config.batch_size))  # type: ignore[arg-type]  # six fields alike
+            return map(self.prepared, samples)
+        order = np.random.permutation(self._epochs.data.size)
+        if self._whole is not None:  # one minibatch: its order would change nothing but rounding
+            return [self._whole]
+        return map(self.prepared, self._epochs.gather(order).cut(self.config.batch_size))
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A minibatch as :meth:`gradient` takes it: all that can be done about it without the network."""
+        return batch._replace(
+            observations=self.engine.features(batch.observations),
+            actions=self.engine.head.encode(batch.actions),
+            advantages=normalized(batch.advantages) if self.config.normalize_advantage else batch.advantages,
+        )
+
+    @override
+    def gradient(self, batch: Batch) -> Gradient:
+        head, network = self.engine.head, self.engine.network
+        outputs, values = network.forward(batch.observations)
+        dist = head.forward(outputs)
+        log_prob, entropy = head.log_prob(dist, batch.actions), head.entropy(dist)
+        loss, grad = ppo_gradient(log_prob, values, entropy, batch, self.config)
+
+        def backward() -> None:
+            network.backward(head.gradient(dist, batch.actions, grad.log_prob, grad.entropy), grad.values)
+
+        kl_term = None if batch.dist_params is None else (batch.dist_params, head.parameters(dist))
+        return Gradient(loss, backward, kl_term)
+
+    @override
+    def clip_gradient(self) -> float:
+        """As torch does."""
+        gradient = self.engine.flat.gradient
+        norm = math.sqrt(np.dot(gradient, gradient))
+        scale = self.config.max_grad_norm / (norm + 1e-6)
+        if scale < 1:
+            gradient *= scale
+        return norm
+
+    @override
+    def step(self) -> None:
+        self.engine.adam.step()
+
+    @override
+    def mean_kl(self, kl_terms: Sequence[Any]) -> float | None:
+        kls = [self.engine.head.mean_kl(old, new) for old, new in kl_terms]
+        return sum(kls) / len(kls) if kls else None
+
+
+class _Epochs:
+    """
+    A rollout in one random order after another, in the same memory.
+
+    :param engine: makes features of observations
+    :param buffer: full, of ours
+    """
+
+    def __init__(self, engine: NumpyEngine, buffer: ScratchRolloutBuffer):
+        data = Batch.of(buffer.dataset())
+        if data.observations.dtype == np.float64:  # once, and not once per minibatch
+            data = data._replace(observations=engine.features(data.observations))
+        self.data = data
+        self._gathered: Batch | None = None
+
+    def gather(self, order: np.ndarray) -> Batch:
+        """The transitions in that order, valid until the next call."""
+        if self._gathered is None:
+            self._gathered = self.data.like()
+        self.data.gather(order, self._gathered)
+        return self._gathered

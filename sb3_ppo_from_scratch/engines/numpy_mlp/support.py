@@ -1,0 +1,166 @@
+"""Which policies, optimizers and losses the NumPy engine computes by hand: those that it has recognised part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+
+from sb3_ppo_from_scratch import losses, update
+from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
+from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
+from sb3_ppo_from_scratch.update import Loss, PolicyOutputs, UpdateConfig, minibatch_loss
+
+__all__ = ["layers_of", "loss_reason", "unsupported_reason"]
+
+_ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
+_BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
+_DISTRIBUTIONS = (CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution, DiagGaussianDistribution)
+
+
+# ---------------------------------------------------------------- the policy
+
+
+def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
+    """What about ``policy`` or its optimizer is not computed by hand; ``None`` if nothing."""
+    if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy):
+        return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
+    if type(policy.action_dist) not in _DISTRIBUTIONS:
+        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
+    return (
+        modified_reason(policy, _BUILT_INS)
+        or _structure_reason(policy)
+        or adam_reason(policy.optimizer, policy.parameters())
+        or _steps_reason(policy.optimizer)
+    )
+
+
+def _structure_reason(policy: ActorCriticPolicy) -> str | None:
+    """Built-in modules may stand where SB3 would not have put them; every one must be one that is computed, in its place."""
+    extractor = policy.features_extractor
+    if type(extractor) is not FlattenExtractor or not policy.share_features_extractor:
+        return f"the features extractor must be one FlattenExtractor for both towers, not {type(extractor).__name__}"
+    if type(policy.mlp_extractor) not in (MlpExtractor, SharedMlpExtractor):
+        return f"mlp_extractor is of type {type(policy.mlp_extractor).__name__}"
+    computed: list[Any] = [extractor, extractor.flatten, policy.mlp_extractor]
+    widths = []
+    for name, tower in _towers(policy):
+        reason = _tower_reason(tower, policy.features_dim)
+        if reason is not None:
+            return f"{name} {reason}"
+        computed += [tower, *tower]
+        widths.append(tower[-2].out_features if len(tower) else policy.features_dim)
+    for name, head, width in (("action_net", policy.action_net, widths[0]), ("value_net", policy.value_net, widths[-1])):
+        if type(head) is not nn.Linear or head.in_features != width:
+            return f"{name} is not a single linear layer on its tower"
+        computed.append(head)
+    outputs = [_n_outputs(policy.action_dist), 1]
+    if [head.out_features for head in computed[-2:]] != outputs:
+        return f"its heads must have {outputs} outputs"
+    others = {*policy.modules()} - {policy, *computed}
+    return f"it does not know {sorted(type(module).__name__ for module in others)}" if others else None
+
+
+def _towers(policy: ActorCriticPolicy) -> Iterator[tuple[str, Any]]:
+    extractor = policy.mlp_extractor
+    names = ["trunk"] if isinstance(extractor, SharedMlpExtractor) else ["policy_net", "value_net"]
+    return ((f"mlp_extractor.{name}", getattr(extractor, name)) for name in names)
+
+
+def _tower_reason(tower: nn.Module, width: int) -> str | None:
+    """:param width: of what comes in."""
+    if type(tower) is not nn.Sequential:
+        return f"is of type {type(tower).__name__}"
+    modules = list(tower)
+    for linear, activation in zip(modules[::2], [*modules[1::2], None], strict=False):
+        if type(linear) is not nn.Linear or type(activation) not in _ACTIVATIONS or linear.in_features != width:
+            return "is not made of linear layers with an activation after each"
+        width = linear.out_features
+    return None
+
+
+def _n_outputs(distribution: Any) -> int:
+    """How many numbers of the policy head a distribution is made from."""
+    if isinstance(distribution, MultiCategoricalDistribution):
+        return int(sum(distribution.action_dims))
+    return distribution.action_dims if isinstance(distribution, BernoulliDistribution) else distribution.action_dim
+
+
+def layers_of(policy: ActorCriticPolicy) -> Layers:
+    """The layers of a policy that :func:`unsupported_reason` has nothing against."""
+    towers = [list(zip(tower[::2], tower[1::2], strict=True)) for _, tower in _towers(policy)]
+    trunk, actor, critic = (towers[0], [], []) if len(towers) == 1 else ([], *towers)
+    return Layers(trunk, actor, critic, policy.action_net, policy.value_net)  # type: ignore[arg-type]  # nn.Linear, as checked
+
+
+def _steps_reason(optimizer: th.optim.Optimizer) -> str | None:
+    """One vector of parameters has one count of steps."""
+    parameters = optimizer.param_groups[0]["params"]
+    steps = {optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in parameters}
+    return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"
+
+
+# ---------------------------------------------------------------- the loss
+
+_PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
+    update: ("minibatch_loss", "normalize_advantages", "ppo_loss"),
+    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean"),
+}
+
+
+def loss_reason(loss: Loss) -> str | None:
+    """
+    Why the gradient by hand is not that of ``loss``; ``None`` if it is.
+
+    The functions of :mod:`sb3_ppo_from_scratch.losses` are there to be changed. Whether they still say what is computed
+    here is not believed but tried, on a few rows, whenever one of them is another than before.
+    """
+    if loss is not minibatch_loss:
+        return f"it computes PPO's own loss by hand, not {getattr(loss, '__name__', loss)}"
+    functions = [getattr(module, name) for module, names in _PARTS_OF_THE_LOSS.items() for name in names]
+    if not _agrees(tuple((function, getattr(function, "__code__", None)) for function in functions)):
+        return "it computes PPO's own loss by hand, and a function of losses.py or advantages.py was changed"
+    return None
+
+
+@lru_cache(maxsize=8)
+def _agrees(functions: tuple[tuple[Callable[..., Any], Any], ...]) -> bool:
+    """Whether the loss and its gradient by hand are those of autograd; ``functions`` are what that depends on."""
+    config = UpdateConfig(8, 1, 0.2, None, True, 0.01, 0.5, 0.5, None)
+    clipped = UpdateConfig(8, 1, 0.1, 0.3, False, 0.0, 0.7, 0.5, None)
+    return all(_agrees_on(each) for each in (config, clipped))
+
+
+def _agrees_on(config: UpdateConfig) -> bool:
+    log_prob, values, entropy, old_values, noise, advantages, returns = np.random.default_rng(0).normal(size=(7, 32))
+    old_log_prob, none = log_prob + 0.3 * noise, noise[:, None]  # neither observations nor actions matter
+    batch = Batch(none, none, old_values, old_log_prob, advantages, returns)
+    prepared = batch._replace(advantages=normalized(advantages) if config.normalize_advantage else advantages)
+    loss, grad = ppo_gradient(log_prob, values, entropy, prepared, config)
+    by_hand = [*loss, *grad.values, *grad.log_prob, *[grad.entropy] * len(values)]
+    inputs = [th.tensor(each, requires_grad=True) for each in (values, log_prob, entropy)]
+    fields: Any = map(th.from_numpy, (none, none, old_values, old_log_prob, advantages, returns))
+    with th.enable_grad():
+        theirs = minibatch_loss(PolicyOutputs(inputs[0], inputs[1], inputs[2], None), RolloutData(*fields), config)
+        gradients = th.autograd.grad(theirs.total, inputs, allow_unused=True)
+    by_autograd = [part.item() for part in theirs]
+    by_autograd += [
+        x for grad, like in zip(gradients, inputs, strict=True) for x in (0 * like if grad is None else grad).tolist()
+    ]
+    return bool(np.allclose(by_hand, by_autograd, rtol=1e-6, atol=1e-9))
