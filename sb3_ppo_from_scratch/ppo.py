@@ -7,6 +7,8 @@ import math
 import pathlib
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +28,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ge
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer
-from sb3_ppo_from_scratch.checkpoint import Resumed, guarded_training, load_run
+from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_device,
@@ -50,6 +52,9 @@ from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_res
 from sb3_ppo_from_scratch.vec_env.failures import step_environments
 
 __all__ = ["ScratchPPO"]
+
+_HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratch")
+"""Whose callbacks leave the policy as it is."""
 
 SelfScratchPPO = TypeVar("SelfScratchPPO", bound="ScratchPPO")
 
@@ -185,6 +190,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.nan_policy = nan_policy
         self._engine: Engine | None = None
         self._warned_of_skipped = False
+        self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
         if _init_setup_model:
             self._setup_model()
@@ -229,6 +235,10 @@ class ScratchPPO(OnPolicyAlgorithm):
         self._check_engine()
         for mlp_policy in (MlpPolicy, SharedMlpPolicy):
             self._maybe_recommend_cpu(mlp_policy.__name__)
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self._scheduled_rate = self.learning_rate
 
     def _check_engine(self) -> None:
         """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
@@ -324,9 +334,30 @@ class ScratchPPO(OnPolicyAlgorithm):
                 print(f"Using the engine {choice}")
         return engine
 
+    def _engine_after_callback(self, engine: Engine) -> Engine:
+        """Whatever a callback does to the policy counts from the next step on."""
+        if engine.policy is self.policy and engine.is_unchanged():
+            return engine
+        engine = self._current_engine()
+        engine.begin_rollout()
+        return engine
+
+    @contextmanager
+    def _engine_released(self) -> Iterator[None]:
+        """Afterwards parameters lie where they lay before, for those who hold, share or save them one by one."""
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                self._engine.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies make an engine of their own."""
+        return {**self.__dict__, "_engine": None}
+
     def _is_current(self, engine: Engine) -> bool:
         same = engine.policy is self.policy and engine.loss is self.loss and self.engine in ("auto", engine.name)
-        return same and engine.refusal(self.policy, self.precision, self.loss) is None
+        return same and engine.objection() is None
 
     # ------------------------------------------------------- rollout and update
 
@@ -401,7 +432,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
-        with guarded_training(self, callback, resumed) as checkpoints:
+        with self._engine_released(), guarded_training(self, callback, resumed) as checkpoints:
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
                     checkpoint.at_boundary()
@@ -454,19 +485,21 @@ class ScratchPPO(OnPolicyAlgorithm):
         """
         assert self._last_obs is not None, "learn() resets the environments first"
         assert self._last_episode_starts is not None
-        engine = self._current_engine()
         ours = rollout_buffer if isinstance(rollout_buffer, ScratchRolloutBuffer) else None
         observe = ours.observe if ours is not None else partial(obs_as_tensor, device=self.device)
         takes_tensors = ours is not None and ours.takes_tensors
         unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
-        engine.begin_rollout()
+        is_users = not unwatched and holds_users_code(callback)
         self.policy.set_training_mode(False)
         n_steps = 0
         rollout_buffer.reset()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda  # a callback may have changed them
+        engine = self._current_engine()
+        engine.begin_rollout()
         check_step(self._last_obs, None, 0)
 
         while n_steps < n_rollout_steps:
@@ -484,6 +517,8 @@ class ScratchPPO(OnPolicyAlgorithm):
                 callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            if is_users:
+                engine = self._engine_after_callback(engine)
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
@@ -533,9 +568,11 @@ class ScratchPPO(OnPolicyAlgorithm):
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
         config = self._update_config()
         self.policy.set_training_mode(True)
+        if self.learning_rate != self._scheduled_rate:  # assigned since the schedule was made of it
+            check_scheduled("learning_rate", self.learning_rate, 0.0)
+            self._setup_lr_schedule()
+        resolve_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
-        learning_rate = self.policy.optimizer.param_groups[0]["lr"]
-        resolve_schedule("learning_rate", learning_rate, self._current_progress_remaining)
         stats = self._current_engine().update(self.rollout_buffer, config)
         self._n_updates += stats.epochs
         self._record(stats, config)
@@ -557,26 +594,43 @@ class ScratchPPO(OnPolicyAlgorithm):
         )
 
     def _record(self, stats: UpdateStats, config: UpdateConfig) -> None:
-        metrics = stats.metrics()
         self._report_skipped(stats)
         if stats.stopped_early and self.verbose >= 1:
             print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
+        for key in self._train_metrics:  # the last update's, kept readable by dump_logs
+            self.logger.name_to_value.pop(key, None)
+        metrics = self._metrics(stats, config)
         for key, value in metrics.items():
-            self.logger.record(f"train/{key}", value)
-        buffer = self.rollout_buffer
-        self.logger.record("train/explained_variance", explained_variance(*_in_order(buffer, buffer.values, buffer.returns)))
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+            self.logger.record(key, value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", config.clip_range)
+        self._train_metrics = {**metrics, "train/n_updates": self._n_updates}
+
+    def _metrics(self, stats: UpdateStats, config: UpdateConfig) -> dict[str, Any]:
+        buffer = self.rollout_buffer
+        metrics: dict[str, Any] = dict(stats.metrics())
+        metrics["explained_variance"] = explained_variance(*_in_order(buffer, buffer.values, buffer.returns))
+        if hasattr(self.policy, "log_std"):
+            metrics["std"] = th.exp(self.policy.log_std).mean().item()
+        metrics["clip_range"] = config.clip_range
         if config.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", config.clip_range_vf)
+            metrics["clip_range_vf"] = config.clip_range_vf
         if callable(self.ent_coef):
-            self.logger.record("train/ent_coef", config.ent_coef)
+            metrics["ent_coef"] = config.ent_coef
+        if self.nan_policy == "skip":
+            metrics["skipped_minibatches"] = stats.skipped
+        return {f"train/{key}": value for key, value in metrics.items()}
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write the log. Afterwards ``logger.name_to_value`` still has the last update's metrics, as callbacks of SB3's PPO find
+        them there in the next rollout (SB3 issue 784).
+
+        :param iteration: number of rollouts so far
+        """
+        super().dump_logs(iteration)
+        self.logger.name_to_value.update(self._train_metrics)
 
     def _report_skipped(self, stats: UpdateStats) -> None:
-        if self.nan_policy == "skip":
-            self.logger.record("train/skipped_minibatches", stats.skipped)
         if stats.skipped > 0 and not self._warned_of_skipped:
             self._warned_of_skipped = True
             warnings.warn(
@@ -654,7 +708,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_engine", "_may_replace_engine", "_resumed", "_warned_of_skipped"]
+        ours = ["_engine", "_may_replace_engine", "_resumed", "_scheduled_rate", "_train_metrics", "_warned_of_skipped"]
         return [*super()._excluded_save_params(), *ours]
 
     @classmethod
@@ -692,6 +746,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         model._resumed = Resumed(state, allow_pickle)
         model._resumed.restore_env(model)
         return model
+
+
+def holds_users_code(callback: BaseCallback) -> bool:
+    """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours."""
+    return any(
+        isinstance(each, ConvertCallback) or type(each).__module__.partition(".")[0] not in _HARMLESS
+        for each in all_callbacks(callback)
+    )
 
 
 def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:

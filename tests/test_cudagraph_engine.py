@@ -28,6 +28,7 @@ from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, lear
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import ppo_loss
+from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, train, update_config

@@ -102,7 +102,8 @@ def autograd(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> t
 def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> tuple[PPOLoss, list[th.Tensor]]:
     engine = NumpyEngine(policy)
     engine.flat.gradient[:] = np.nan  # whatever is not filled in shows
-    learner = NumpyLearner(engine, RolloutBuffer(1, policy.observation_space, policy.action_space), config)
+    buffer = RolloutBuffer(1, policy.observation_space, policy.action_space)
+    learner = NumpyLearner(buffer, config, engine.network, engine.head, engine.adam, engine.features)
     gradient = learner.gradient(learner.prepared(batch))
     gradient.backward()
     engine.flat.publish_gradient()
@@ -296,14 +297,30 @@ def assert_learns(model: ScratchPPO) -> None:
     th.testing.assert_close(model._engine.predict_values(obs), model.policy.predict_values(obs))
 
 
+class Addresses(BaseCallback):
+    """Where the parameters lie in each step of training."""
+
+    def _on_training_start(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(addresses(self.model))  # type: ignore[arg-type]
+        return True
+
+
 def test_parameters_gradients_and_moments_are_the_policys_own() -> None:
-    model = cartpole().learn(64)
-    engine, optimizer = model._engine, model.policy.optimizer
-    stored = addresses(model)
-    model.learn(64)
-    assert addresses(model) == stored, "nothing is copied"
-    base = engine.flat.vector.ctypes.data
-    assert sorted(stored)[0] == base
+    model = cartpole()
+    home, held = addresses(model), model.policy.state_dict()
+    while_training = Addresses()
+    model.learn(128, callback=while_training)
+    optimizer = model.policy.optimizer
+    assert len({tuple(seen) for seen in while_training.seen}) == 1, "nothing is copied"
+    assert min(while_training.seen[0]) == model._engine.flat.vector.ctypes.data
+    assert addresses(model) == home, "afterwards they lie where they lay"
+    for name, parameter in model.policy.named_parameters():
+        assert th.equal(held[name], parameter), "whoever held the tensors sees what was learned"
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert optimizer.state[parameter]["exp_avg"].untyped_storage().nbytes() == parameter.nbytes
     for parameter in model.policy.parameters():
         state = optimizer.state[parameter]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}

@@ -6,6 +6,6 @@ and ``log_state`` read and put back what lives outside the model; ``files`` keep
 """
 
 from sb3_ppo_from_scratch.checkpoint.callback import ResumableCheckpoint, guarded_training, has_checkpoint
-from sb3_ppo_from_scratch.checkpoint.run_state import Resumed, load_run
+from sb3_ppo_from_scratch.checkpoint.run_state import Resumed, all_callbacks, load_run
 
-__all__ = ["ResumableCheckpoint", "Resumed", "guarded_training", "has_checkpoint", "load_run"]
+__all__ = ["ResumableCheckpoint", "Resumed", "all_callbacks", "guarded_training", "has_checkpoint", "load_run"]

@@ -84,6 +84,17 @@ class Engine(ABC):
     def begin_rollout(self) -> None:  # noqa: B027  # most engines have nothing to prepare
         """Called before a rollout's first :meth:`act`: whatever the user did to the policy since the last one is seen here."""
 
+    def objection(self) -> str | None:
+        """:meth:`refusal` of its own policy as that is now; asked before each rollout and each update."""
+        return self.refusal(self.policy, self.precision, self.loss)
+
+    def is_unchanged(self) -> bool:
+        """Whether it acts with its policy as that is now; asked after each call of a user's callback."""
+        return self.objection() is None
+
+    def release(self) -> None:  # noqa: B027  # most engines leave parameters where they are
+        """Called when training ends: parameters and the optimizer's state go back to where they were."""
+
     @abstractmethod
     def act(self, obs: PyTorchObs) -> PolicyStep:
         """

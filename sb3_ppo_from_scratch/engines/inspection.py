@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-__all__ = ["adam_reason", "has_hooks", "modified_reason", "replaced_method"]
+__all__ = ["Fingerprint", "adam_reason", "has_hooks", "modified_reason", "replaced_method"]
 
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_METHODS = ("forward", "forward_actor", "forward_critic")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module], ...]) -> str | None:
@@ -43,8 +46,8 @@ def _module_reason(module: nn.Module, built_ins: tuple[type[nn.Module], ...]) ->
         return f"is of type {type(module).__name__}"
     if "bias" in module._parameters and module._parameters["bias"] is None:
         return "has no bias"
-    if name := replaced_method(module):
-        return f"has had its {name} replaced"
+    if any(name in vars(module) for name in _METHODS):
+        return "has had a method replaced"
     return "has hooks" if _has_own_hooks(module) else None
 
 
@@ -60,6 +63,8 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
         return "the optimizer leaves out"
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return "there are hooks on"
+    if parameter.is_shared():
+        return "other processes share the memory of"
     if not parameter.requires_grad or parameter.dtype is not th.float32 or not parameter.is_cpu:
         return "it takes trainable float32 parameters on the CPU, unlike"
     return None
@@ -67,8 +72,7 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
 
 def replaced_method(module: nn.Module) -> str | None:
     """A method of this very object that is not its class's."""
-    own = vars(module).keys() - _OF_EVERY_MODULE
-    return next((name for name in own if callable(getattr(type(module), name, None))), None)
+    return next((name for name in vars(module) if callable(getattr(type(module), name, None))), None)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -80,12 +84,12 @@ def _has_own_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def adam_reason(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> str | None:
+def adam_reason(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor] | None = None) -> str | None:
     """
-    Why a step of ``optimizer`` is not just one of Adam or AdamW on ``parameters``; ``None`` if it is.
+    Why a step of ``optimizer`` is not just one of Adam or AdamW; ``None`` if it is.
 
     :param optimizer: a policy's
-    :param parameters: all of the policy's
+    :param parameters: what it must step on; ``None`` if that has been checked already
     """
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return f"the optimizer must be torch's Adam or AdamW, not {type(optimizer).__name__}"
@@ -96,6 +100,38 @@ def adam_reason(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) 
     group = optimizer.param_groups[0]
     if group["capturable"] or group["differentiable"] or isinstance(group["lr"], th.Tensor):
         return "the optimizer is capturable or differentiable, or its learning rate is a tensor"
-    if {*map(id, group["params"])} != {*map(id, parameters)}:
+    if parameters is not None and {*map(id, group["params"])} != {*map(id, parameters)}:
         return "the optimizer has other parameters than the policy's"
     return None
+
+
+class Fingerprint:
+    """
+    Notices cheaply (in about 3 microseconds for an ``MlpPolicy``) that something about a policy *may* have changed.
+
+    It compares identities and counts: which modules and parameters there are, where the parameters lie, how many hooks and
+    attributes there are. What is changed within the parameters' memory needs no notice: whoever computes there sees it.
+
+    :param policy: to watch
+    """
+
+    def __init__(self, policy: nn.Module):
+        modules = list(policy.modules())
+        self._parameters = list(policy.parameters())
+        self._registered: list[dict[str, Any]] = [d for module in modules for d in (module._modules, module._parameters) if d]
+        self._counted: list[dict[Any, Any]] = [vars(module) for module in modules]
+        for module in modules:
+            self._counted += [vars(module)[name] for name in _HOOKS]
+        self._before = self._take()
+
+    def _take(self) -> tuple[Any, ...]:
+        return (
+            [*map(id, chain.from_iterable(registered.values() for registered in self._registered))],
+            [*map(th.Tensor.data_ptr, self._parameters)],
+            sum(map(len, self._counted)),
+            nn.modules.module._has_any_global_hook(),
+        )
+
+    def is_same(self) -> bool:
+        """Whether nothing has changed since this was made."""
+        return self._take() == self._before

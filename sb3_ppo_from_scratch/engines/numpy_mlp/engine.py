@@ -28,6 +28,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
+from sb3_ppo_from_scratch.engines.inspection import Fingerprint
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
@@ -63,21 +64,39 @@ class NumpyEngine(Engine):
 
     @override
     def begin_rollout(self) -> None:
-        layers = support.layers_of(self.policy)
-        known = self._layers == layers and self._optimizer is self.policy.optimizer
+        known = self.is_unchanged() and self._optimizer is self.policy.optimizer
         if not (known and self.flat.is_current() and self.adam.is_current()):
             self._attach()
+
+    @override
+    def objection(self) -> str | None:
+        if not self.is_unchanged():
+            return super().objection()
+        return self.loss_reason(self.loss) or support.optimizer_reason(self.policy.optimizer)
+
+    @override
+    def is_unchanged(self) -> bool:
+        return self._fingerprint.is_same() and self.policy.action_dist is self._distribution
+
+    @override
+    def release(self) -> None:
+        if self.flat.is_current():
+            self.flat.release()
+        if self.adam.is_current():
+            self.adam.release()
 
     def _attach(self) -> None:
         """Lay the parameters and the optimizer's state side by side, and build the network on them."""
         policy = self.policy
-        self._layers, self._optimizer = support.layers_of(policy), policy.optimizer
-        order = parameter_order(self._layers)
+        self._optimizer, self._distribution = policy.optimizer, policy.action_dist
+        layers = support.layers_of(policy)
+        order = parameter_order(layers)
         if isinstance(policy.action_dist, DiagGaussianDistribution):
             order.append(policy.log_std)
         self.flat = FlatParameters(order)
         self.adam = FlatAdam(policy.optimizer, self.flat)
-        self.network = ActorCriticNetwork(self._layers, self.flat)
+        self.network = ActorCriticNetwork(layers, self.flat)
+        self._fingerprint = Fingerprint(policy)
         self.head = self._make_head()
         self._action_shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]  # known for such a space
 
@@ -133,5 +152,5 @@ class NumpyEngine(Engine):
         self.flat.publish_gradient()
         # numbers overflow in silence, as in torch
         with np.errstate(all="ignore"), single_threaded(config.batch_size * self.network.largest_layer):
-            yield NumpyLearner(self, buffer, config)
+            yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
         self.network.forget()

@@ -13,7 +13,9 @@ __all__ = ["FlatAdam", "FlatParameters", "adam_step"]
 
 class FlatParameters:
     """
-    Moves parameters into one vector. They stay the same objects: whoever reads or changes one sees or changes the vector.
+    Moves parameters into one vector, until :meth:`release`.
+
+    They stay the same objects: whoever reads or changes one sees or changes the vector.
 
     :param parameters: of one floating dtype, on CPU, in the order that they take in the vector
     """
@@ -23,10 +25,10 @@ class FlatParameters:
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self._vector = th.empty(self.size, dtype=self.parameters[0].dtype)
         self._gradient = th.zeros_like(self._vector)
-        with th.no_grad():
-            for parameter, view in zip(self.parameters, self.split(self._vector), strict=True):
-                view.copy_(parameter)
-                parameter.data = view
+        self._homes = [parameter.data for parameter in self.parameters]
+        for parameter, view in zip(self.parameters, self.split(self._vector), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
         self.vector = self._vector.numpy()
         self.gradient = self._gradient.numpy()
         self._gradients = self.split(self._gradient)
@@ -40,6 +42,14 @@ class FlatParameters:
     def is_current(self) -> bool:
         """Whether the parameters still lie in the vector; ``policy.to`` or an assignment to ``data`` takes them out."""
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+
+    def release(self) -> None:
+        """Put the parameters back where they were, with the values and gradients that they have now."""
+        for parameter, home in zip(self.parameters, self._homes, strict=True):
+            home.copy_(parameter.data)
+            parameter.data = home
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def publish_gradient(self) -> None:
         """Let every parameter's ``grad`` be its part of :attr:`gradient`."""
@@ -89,6 +99,12 @@ class FlatAdam:
             for parameter, views in zip(self.flat.parameters, self._views, strict=True)
             for key, view in views.items()
         )
+
+    def release(self) -> None:
+        """Leave the optimizer a state of its own."""
+        for parameter in self.flat.parameters:
+            state = self.optimizer.state[parameter]
+            state.update({key: value.clone() for key, value in state.items()})
 
     def _adopt_state(self) -> None:
         """Copy what the optimizer remembers, and give it our views in return; before its first step that is nothing."""

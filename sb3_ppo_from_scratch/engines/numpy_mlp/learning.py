@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_ours
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
+from sb3_ppo_from_scratch.engines.numpy_mlp.heads import Head
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
 from sb3_ppo_from_scratch.update import Gradient, Learner, UpdateConfig
 
-if TYPE_CHECKING:
-    from sb3_ppo_from_scratch.engines.numpy_mlp.engine import NumpyEngine
-
 __all__ = ["NumpyLearner"]
+
+Features = Callable[[np.ndarray], np.ndarray]
 
 
 class NumpyLearner(Learner[Batch]):
     """
-    The gradient into the engine's flat vector, and Adam on it.
+    The gradient into one flat vector, and Adam on it.
 
-    :param engine: its network, head and optimizer
     :param buffer: full
     :param config: the update's coefficients
+    :param network: of the policy
+    :param head: its action distribution
+    :param adam: its optimizer, on the vector that the network's parameters lie in
+    :param features: from observations ``[B, *obs_shape]`` to what the network takes, ``[B, n_features]``
     """
 
-    def __init__(self, engine: NumpyEngine, buffer: RolloutBuffer, config: UpdateConfig):
-        self.engine, self.buffer, self.config = engine, buffer, config
-        self._epochs = _Epochs(engine, buffer) if is_ours(buffer) else None
+    def __init__(
+        self,
+        buffer: RolloutBuffer,
+        config: UpdateConfig,
+        network: ActorCriticNetwork,
+        head: Head,
+        adam: FlatAdam,
+        features: Features,
+    ):
+        self.buffer, self.config = buffer, config
+        self.network, self.head, self.adam, self.features = network, head, adam, features
+        self._epochs = _Epochs(features, buffer) if is_ours(buffer) else None
         is_one = self._epochs is not None and self._epochs.data.size <= config.batch_size
         self._whole = self.prepared(self._epochs.data) if self._epochs is not None and is_one else None
 
@@ -49,14 +63,14 @@ class NumpyLearner(Learner[Batch]):
     def prepared(self, batch: Batch) -> Batch:
         """A minibatch as :meth:`gradient` takes it: all that can be done about it without the network."""
         return batch._replace(
-            observations=self.engine.features(batch.observations),
-            actions=self.engine.head.encode(batch.actions),
+            observations=self.features(batch.observations),
+            actions=self.head.encode(batch.actions),
             advantages=normalized(batch.advantages) if self.config.normalize_advantage else batch.advantages,
         )
 
     @override
     def gradient(self, batch: Batch) -> Gradient:
-        head, network = self.engine.head, self.engine.network
+        head, network = self.head, self.network
         outputs, values = network.forward(batch.observations)
         dist = head.forward(outputs)
         log_prob, entropy = head.log_prob(dist, batch.actions), head.entropy(dist)
@@ -71,7 +85,7 @@ class NumpyLearner(Learner[Batch]):
     @override
     def clip_gradient(self) -> float:
         """As torch does."""
-        gradient = self.engine.flat.gradient
+        gradient = self.adam.flat.gradient
         norm = math.sqrt(np.dot(gradient, gradient))
         scale = self.config.max_grad_norm / (norm + 1e-6)
         if scale < 1:
@@ -80,11 +94,11 @@ class NumpyLearner(Learner[Batch]):
 
     @override
     def step(self) -> None:
-        self.engine.adam.step()
+        self.adam.step()
 
     @override
     def mean_kl(self, kl_terms: Sequence[Any]) -> float | None:
-        kls = [self.engine.head.mean_kl(old, new) for old, new in kl_terms]
+        kls = [self.head.mean_kl(old, new) for old, new in kl_terms]
         return sum(kls) / len(kls) if kls else None
 
 
@@ -92,14 +106,14 @@ class _Epochs:
     """
     A rollout in one random order after another, in the same memory.
 
-    :param engine: makes features of observations
+    :param features: as :class:`NumpyLearner` takes them
     :param buffer: full, of ours
     """
 
-    def __init__(self, engine: NumpyEngine, buffer: ScratchRolloutBuffer):
+    def __init__(self, features: Features, buffer: ScratchRolloutBuffer):
         data = Batch.of(buffer.dataset())
         if data.observations.dtype == np.float64:  # once, and not once per minibatch
-            data = data._replace(observations=engine.features(data.observations))
+            data = data._replace(observations=features(data.observations))
         self.data = data
         self._gathered: Batch | None = None
 

@@ -27,7 +27,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
 from sb3_ppo_from_scratch.update import Loss, PolicyOutputs, UpdateConfig, minibatch_loss
 
-__all__ = ["layers_of", "loss_reason", "unsupported_reason"]
+__all__ = ["layers_of", "loss_reason", "optimizer_reason", "unsupported_reason"]
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
 _BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
@@ -43,12 +43,18 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
         return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
-    return (
-        modified_reason(policy, _BUILT_INS)
-        or _structure_reason(policy)
-        or adam_reason(policy.optimizer, policy.parameters())
-        or _steps_reason(policy.optimizer)
-    )
+    return modified_reason(policy, _BUILT_INS) or _structure_reason(policy) or optimizer_reason(policy.optimizer)
+
+
+def optimizer_reason(optimizer: th.optim.Optimizer) -> str | None:
+    """What is not computed by hand about an optimizer of just the policy's parameters, or about these; asked often."""
+    if reason := adam_reason(optimizer):
+        return reason
+    parameters = optimizer.param_groups[0]["params"]
+    if not all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in parameters):
+        return "some parameters are frozen, or have hooks"
+    steps = {optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in parameters}
+    return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"
 
 
 def _structure_reason(policy: ActorCriticPolicy) -> str | None:
@@ -107,13 +113,6 @@ def layers_of(policy: ActorCriticPolicy) -> Layers:
     towers = [list(zip(tower[::2], tower[1::2], strict=True)) for _, tower in _towers(policy)]
     trunk, actor, critic = (towers[0], [], []) if len(towers) == 1 else ([], *towers)
     return Layers(trunk, actor, critic, policy.action_net, policy.value_net)  # type: ignore[arg-type]  # nn.Linear, as checked
-
-
-def _steps_reason(optimizer: th.optim.Optimizer) -> str | None:
-    """One vector of parameters has one count of steps."""
-    parameters = optimizer.param_groups[0]["params"]
-    steps = {optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in parameters}
-    return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"
 
 
 # ---------------------------------------------------------------- the loss

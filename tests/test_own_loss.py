@@ -1,0 +1,257 @@
+"""One changed function counts, with every engine that does not decline it by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, advantages, losses
+from sb3_ppo_from_scratch import update as phase_two
+from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.distributions import exact_kl
+from sb3_ppo_from_scratch.engines import choose_engine
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
+from sb3_ppo_from_scratch.engines.reference import TorchEngine
+from sb3_ppo_from_scratch.losses import PPOLoss
+from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, minibatch_loss
+from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
+from tests.helpers import ToyEnv, update_config
+
+SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 1, "device": "cpu"}
+FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)
+
+
+def example() -> Any:
+    path = Path(__file__).parent.parent / "docs" / "examples" / "kl_penalty.py"
+    spec = importlib.util.spec_from_file_location("kl_penalty", path)
+    assert spec is not None
+    module = sys.modules["kl_penalty"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def toy(observations: spaces.Space = OBSERVATION_SPACES["box"], actions: spaces.Space = spaces.Discrete(3)) -> VecEnv:
+    return make_vec_env(lambda: ToyEnv(observations, actions), 2, seed=5)
+
+
+def weights(model: ScratchPPO) -> th.Tensor:
+    return th.cat([parameter.detach().reshape(-1) for parameter in model.policy.parameters()])
+
+
+# ------------------------------------------------------------- the functions of losses.py
+
+
+CONFIGURATIONS: dict[str, tuple[str, Callable[[], VecEnv], dict[str, Any]]] = {
+    "discrete": ("MlpPolicy", toy, {}),
+    "relu": ("MlpPolicy", toy, {"policy_kwargs": {"activation_fn": th.nn.ReLU}}),
+    "box": ("MlpPolicy", lambda: toy(actions=ACTION_SPACES["box-2d"]), {}),
+    "gSDE": ("MlpPolicy", lambda: toy(actions=ACTION_SPACES["box-2d"]), {"use_sde": True}),
+    "images": ("CnnPolicy", lambda: toy(FRAMES), {}),
+    "dict": ("MultiInputPolicy", lambda: toy(OBSERVATION_SPACES["dict"]), {}),
+    "RMSprop": ("MlpPolicy", toy, {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}}),
+    "clipped values": ("MlpPolicy", toy, {"clip_range_vf": 0.1, "normalize_advantage": False}),
+}
+
+
+@pytest.mark.parametrize(("policy", "env", "kwargs"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_the_reference_is_ppo_loss(
+    policy: str, env: Callable[[], VecEnv], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called once per minibatch, whatever the configuration."""
+    calls = []
+    monkeypatch.setattr(phase_two, "ppo_loss", lambda *a, **k: (calls.append(1), losses.ppo_loss(*a, **k))[1])
+    ScratchPPO(policy, env(), engine="torch", **SIZES, **kwargs).learn(64)
+    assert len(calls) == 2 * 2 * 4, "2 rollouts, 2 epochs, 4 minibatches"
+
+
+def unclipped(advantages: th.Tensor, ratio: th.Tensor, clip_range: float, weights: Any = None) -> th.Tensor:
+    return -0.5 * losses.weighted_mean(advantages * ratio, weights)
+
+
+BY_HAND = [("MlpPolicy", "numpy"), ("CnnPolicy", "channels_last")]
+CHANGES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "policy loss": (losses, "clipped_surrogate_loss", unclipped),
+    "value loss": (losses, "value_loss", lambda values, returns, *_: 3.0 * (values - returns).abs().mean()),
+    "entropy loss": (losses, "entropy_loss", lambda entropy, *_: 2.0 * entropy.mean()),
+    "normalisation": (phase_two, "normalize_advantages", lambda advantages, weights=None: 2.0 * advantages),
+    "the whole": (phase_two, "ppo_loss", lambda *a, **k: losses.ppo_loss(*a, **{**k, "vf_coef": 0.1})),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "function"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("policy", "engine"), [*itertools.product(["MlpPolicy", "CnnPolicy"], ["auto", "torch"]), *BY_HAND])
+def test_a_changed_function_counts(
+    policy: str, engine: str, module: Any, name: str, function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an engine says that it does not compute it. None goes on with the old one in silence."""
+    arguments = {"engine": engine, "ent_coef": 0.01, **SIZES}
+    observations = OBSERVATION_SPACES["box"] if policy == "MlpPolicy" else FRAMES
+    before = weights(ScratchPPO(policy, toy(observations), **arguments).learn(32))
+    monkeypatch.setattr(module, name, function)
+    if engine == "numpy":
+        with pytest.raises(ValueError, match=r"numpy: it computes PPO's own loss by hand, .* was changed"):
+            ScratchPPO(policy, toy(observations), **arguments)
+        return
+    model = ScratchPPO(policy, toy(observations), **arguments).learn(32)
+    assert not th.allclose(weights(model), before, rtol=0, atol=1e-6)
+    if engine == "auto":
+        assert model._engine is not None
+        assert not isinstance(model._engine, NumpyEngine)
+    monkeypatch.undo()
+    assert th.equal(weights(ScratchPPO(policy, toy(observations), **arguments).learn(32)), before)
+
+
+def test_a_function_may_be_changed_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ScratchPPO("MlpPolicy", toy(), **SIZES).learn(32)
+    assert isinstance(model._engine, NumpyEngine)
+    monkeypatch.setattr(losses, "clipped_surrogate_loss", unclipped)
+    model.learn(32)
+    assert type(model._engine) is TorchEngine
+
+
+def test_the_same_loss_in_other_words_is_served_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked is what it computes, not what it is called."""
+    entropy_loss = losses.entropy_loss
+    monkeypatch.setattr(losses, "entropy_loss", lambda *arguments: 1.0 * entropy_loss(*arguments))
+    assert choose_engine("auto", ScratchPPO("MlpPolicy", toy(), **SIZES).policy).engine is NumpyEngine
+
+
+# ------------------------------------------------------------------------ a loss of one's own
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "by_name"),
+    [
+        ("MlpPolicy", toy, "numpy"),
+        ("MlpPolicy", lambda: toy(actions=ACTION_SPACES["box-2d"]), "numpy"),
+        ("CnnPolicy", lambda: toy(FRAMES), None),
+    ],
+)
+def test_the_example_changes_the_weights(
+    policy: str, env: Callable[[], VecEnv], by_name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cls = example().KLPenaltyPPO
+    plain = ScratchPPO(policy, env(), engine="torch", learning_rate=1e-2, **SIZES).learn(64)
+    penalised = cls(policy, env(), verbose=1, learning_rate=1e-2, **SIZES).learn(64)
+    assert not th.allclose(weights(penalised), weights(plain), atol=1e-6)
+    printed = capsys.readouterr().out
+    if by_name is None:
+        assert "Using the engine channels_last" in printed, "it differentiates any loss"
+        return
+    assert "Using the engine torch (numpy: it computes PPO's own loss by hand, not loss_with_kl_penalty" in printed
+    with pytest.raises(ValueError, match="not loss_with_kl_penalty"):
+        cls(policy, env(), engine=by_name, **SIZES)
+
+
+def test_the_example_keeps_the_policy_nearer() -> None:
+    module = example()
+    module.BETA = 100.0
+    far, near = (
+        cls("MlpPolicy", toy(), engine="torch", learning_rate=1e-2, clip_range=10.0, **{**SIZES, "n_epochs": 10}).learn(32)
+        for cls in (ScratchPPO, module.KLPenaltyPPO)
+    )
+    assert near.logger.name_to_value["train/kl"] < 0.5 * far.logger.name_to_value["train/kl"]
+
+
+class InDouble(MlpPolicy):
+    """SB3 makes the observations float32."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> th.Tensor:
+        return obs.to(self.action_net.weight.dtype).flatten(1)
+
+
+def test_its_gradient_is_autograds_in_float64() -> None:
+    """Of the engine's minibatch against the formula on the policy's own distribution."""
+    module = example()
+    model = module.KLPenaltyPPO(InDouble, toy(actions=ACTION_SPACES["box-2d"]), **SIZES).learn(32)
+    policy, config = model.policy.double(), update_config(clip_range=0.05)
+    batch = double(next(model.rollout_buffer.get(16)))
+    with th.no_grad():
+        policy.action_net.bias += 0.1  # so that ratios are not 1
+    engine = TorchEngine(policy, loss=module.loss_with_kl_penalty)
+    with engine.learning(model.rollout_buffer, config) as learner:
+        learner.gradient(batch).backward()
+    actual = [parameter.grad.clone() for parameter in policy.parameters()]
+    values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions)
+    plain = losses.ppo_loss(
+        values.flatten(),
+        log_prob,
+        entropy,
+        advantages=advantages.normalize_advantages(batch.advantages),
+        returns=batch.returns,
+        old_values=batch.old_values,
+        old_log_prob=batch.old_log_prob,
+        clip_range=0.05,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+    )
+    normal = policy.action_dist.distribution
+    new = th.cat([normal.loc, normal.scale.log()], dim=1)
+    total = plain.total + module.BETA * exact_kl(policy.action_dist, batch.dist_params, new).mean()
+    for ours, theirs in zip(actual, th.autograd.grad(total, list(policy.parameters())), strict=True):
+        th.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def double(batch: RolloutData) -> RolloutData:
+    fields = [field.double() if isinstance(field, th.Tensor) else field for field in batch]
+    return RolloutData(*fields)
+
+
+# ------------------------------------------------------------------------ more fields per row
+
+
+class Costs(ScratchPPO):
+    """Rows know the step's cost, and the loss finds it."""
+
+    seen: list[dict[str, Any]]
+
+    def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        return {
+            "cost": self.policy.observation_space.shape[0] * np.ones((len(infos), 2), np.float32),
+            "number": self._numbers(),
+        }
+
+    def _numbers(self) -> np.ndarray:
+        return np.full(self.n_envs, self.num_timesteps, np.int64)
+
+    @staticmethod
+    def loss(outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:
+        Costs.seen.append(dict(batch.extras))
+        plain = minibatch_loss(outputs, batch, config, weights=(batch.extras["number"] > 2).float())
+        return plain._replace(total=plain.total + 0.0 * batch.extras["cost"].mean())
+
+
+@pytest.mark.parametrize("buffer", ["ScratchRolloutBuffer", "DeviceRolloutBuffer"])
+def test_rows_carry_what_a_loss_needs(buffer: str) -> None:
+    from sb3_ppo_from_scratch import ScratchRolloutBuffer
+    from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+
+    kinds = {"ScratchRolloutBuffer": ScratchRolloutBuffer, "DeviceRolloutBuffer": DeviceRolloutBuffer}
+    Costs.seen = []
+    Costs("MlpPolicy", toy(), engine="torch", rollout_buffer_class=kinds[buffer], **SIZES).learn(64)
+    assert len(Costs.seen) == 16
+    for extras in Costs.seen:
+        assert extras["cost"].shape == (8, 2)
+        assert extras["number"].dtype == th.int64
+    numbers = th.cat([extras["number"] for extras in Costs.seen[:4]])
+    assert sorted(numbers.tolist()) == sorted([*range(2, 34, 2)] * 2), "each row once per epoch, with its own step's"
+
+
+def test_extras_have_one_set_of_names_per_rollout() -> None:
+    class Forgetful(ScratchPPO):
+        def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+            return {"a" if self.num_timesteps < 10 else "b": np.zeros(len(infos))}
+
+    with pytest.raises(ValueError, match=r"extras must be \['a'\] in every step of a rollout, not \['b'\]"):
+        Forgetful("MlpPolicy", toy(), **SIZES).learn(32)
