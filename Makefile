@@ -2,7 +2,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
-CODE := sb3_ppo_from_scratch benchmarks tests
+CODE := sb3_ppo_from_scratch benchmarks tests docs
 
 .PHONY: help cartpole compare report throughput components test check lint format-check format type clean
 

@@ -72,13 +72,8 @@ def fill_gae(
 ) -> None:
     """
     :func:`compute_gae` on any device, into memory that is there: no shape is checked and nobody waits for a number, so that a
-    CUDA graph can hold it. All tensors are floating-point and on one device.
+    CUDA graph can hold it. All tensors are floating-point and on one device; the first five are as :func:`compute_gae` takes them.
 
-    :param rewards: see there
-    :param values: see there
-    :param episode_starts: see there
-    :param last_values: see there
-    :param dones: see there
     :param gamma: scalar
     :param decay: scalar, ``gamma * gae_lambda``
     :param advantages: ``[n_steps, n_envs]``, filled

@@ -108,6 +108,7 @@ def test_the_package_needs_no_engine_but_the_reference(engine: str) -> None:
 
 
 def test_an_import_brings_neither_the_zoo_nor_cuda_graphs() -> None:
-    code = f"import sys, {PACKAGE}; print([name for name in ('rl_zoo3', 'sb3_contrib', 'optuna', 'envpool') if name in sys.modules])"
+    names = ("rl_zoo3", "sb3_contrib", "optuna", "envpool")
+    code = f"import sys, {PACKAGE}; print([name for name in {names} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

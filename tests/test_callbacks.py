@@ -215,8 +215,8 @@ def test_a_trained_model_can_be_pickled(task: str) -> None:
 def test_weights_in_shared_memory_stay_there() -> None:
     model = ScratchPPO("MlpPolicy", toy("discrete"), **SIZES)
     model.policy.share_memory()
+    model.engine = "numpy"
     with pytest.raises(ValueError, match="other processes share the memory of"):
-        model.engine = "numpy"
         model.learn(32)
     model.engine = "auto"
     model.learn(32)

@@ -29,6 +29,7 @@ from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, update_config
 
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 1, "device": "cpu"}
+DISCRETE = spaces.Discrete(3)
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)
 
 
@@ -41,7 +42,7 @@ def example() -> Any:
     return module
 
 
-def toy(observations: spaces.Space = OBSERVATION_SPACES["box"], actions: spaces.Space = spaces.Discrete(3)) -> VecEnv:
+def toy(observations: spaces.Space = OBSERVATION_SPACES["box"], actions: spaces.Space = DISCRETE) -> VecEnv:
     return make_vec_env(lambda: ToyEnv(observations, actions), 2, seed=5)
 
 
@@ -217,13 +218,7 @@ class Costs(ScratchPPO):
     seen: list[dict[str, Any]]
 
     def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        return {
-            "cost": self.policy.observation_space.shape[0] * np.ones((len(infos), 2), np.float32),
-            "number": self._numbers(),
-        }
-
-    def _numbers(self) -> np.ndarray:
-        return np.full(self.n_envs, self.num_timesteps, np.int64)
+        return {"cost": np.ones((len(infos), 2), np.float32), "number": np.full(len(infos), self.num_timesteps, np.int64)}
 
     @staticmethod
     def loss(outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:

@@ -1,7 +1,7 @@
-"""
+r"""
 A loss of one's own, in one file: PPO with a penalty on how far the policy has moved from the one that collected the rollout.
 
-.. math:: L = L^{PPO} + \\beta\\, \\mathrm{mean}[KL(\\pi_{old} \\| \\pi_{new})]
+.. math:: L = L^{PPO} + \beta\, \mathrm{mean}[KL(\pi_{old} \| \pi_{new})]
 
 It is the adaptive-KL variant of https://arxiv.org/abs/1707.06347, section 4, with a fixed coefficient. Run it as it is::
 

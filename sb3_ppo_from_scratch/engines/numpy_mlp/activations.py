@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 from torch import nn
+from typing_extensions import override
 
 __all__ = ["ELU", "Activation", "LeakyReLU", "ReLU", "SiLU", "Tanh", "activation_of"]
 
@@ -38,12 +39,12 @@ class Activation(ABC):
 class Tanh(Activation):
     r""":math:`y = \tanh x,\; y' = 1 - y^2`"""
 
+    @override
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        """See :meth:`Activation.forward`."""
         np.tanh(x, out=y)
 
+    @override
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-        """See :meth:`Activation.backward`."""
         np.multiply(y, y, out=y)
         np.subtract(1, y, out=y)
         gradient *= y
@@ -52,12 +53,12 @@ class Tanh(Activation):
 class ReLU(Activation):
     r""":math:`y = \max(x, 0),\; y' = [y > 0]`"""
 
+    @override
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        """See :meth:`Activation.forward`."""
         np.maximum(x, 0, out=y)
 
+    @override
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-        """See :meth:`Activation.backward`."""
         gradient *= np.greater(y, 0, out=y, casting="unsafe")  # ten times as fast as np.sign in place
 
 
@@ -69,13 +70,13 @@ class LeakyReLU(Activation):
     def __init__(self, slope: float):
         self.slope = slope
 
+    @override
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        """See :meth:`Activation.forward`."""
         np.multiply(x, self.slope, out=y)
         np.copyto(y, x, where=x > 0)
 
+    @override
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-        """See :meth:`Activation.backward`."""
         np.multiply(gradient, self.slope, out=gradient, where=x <= 0)
 
 
@@ -87,15 +88,15 @@ class ELU(Activation):
     def __init__(self, alpha: float):
         self.alpha = alpha
 
+    @override
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        """See :meth:`Activation.forward`."""
         np.minimum(x, 0, out=y)
         np.expm1(y, out=y)
         y *= self.alpha
         np.copyto(y, x, where=x > 0)
 
+    @override
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-        """See :meth:`Activation.backward`."""
         y += self.alpha
         np.multiply(gradient, y, out=gradient, where=x <= 0)
 
@@ -105,13 +106,13 @@ class SiLU(Activation):
 
     in_place = False
 
+    @override
     def forward(self, x: np.ndarray, y: np.ndarray) -> None:
-        """See :meth:`Activation.forward`."""
         sigmoid(x, out=y)
         y *= x
 
+    @override
     def backward(self, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> None:
-        """See :meth:`Activation.backward`."""
         sigma = sigmoid(x, out=x)
         y -= sigma * y
         y += sigma

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 
@@ -124,8 +125,9 @@ class CategoricalHead(Head):
             return operation.reduce(rows)
         return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
+    @override
     def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """See :meth:`Head.sample`. The fastest of several exponential clocks with rates p is a draw from p."""
+        """The fastest of several exponential clocks with rates p is a draw from p."""
         probs = dist[1]
         clocks = (th.from_numpy(np.empty(probs[rows].shape[::-1], probs.dtype)).exponential_() for rows in self._slices)
         actions = [(probs[rows] / times.numpy().T).argmax(0) for rows, times in zip(self._slices, clocks, strict=True)]
@@ -141,21 +143,22 @@ class CategoricalHead(Head):
         positions += _arange(batch_size)
         return positions
 
+    @override
     def log_prob(self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
-        """See :meth:`Head.log_prob`."""
         logits = dist[0]
         chosen = logits.take(actions)
         return chosen[0] if len(chosen) == 1 else np.add.reduce(chosen, axis=0)
 
+    @override
     def entropy(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """See :meth:`Head.entropy`. A logit of minus infinity counts as the smallest number, as in torch."""
+        """A logit of minus infinity counts as the smallest number, as in torch."""
         logits, probs = dist
         return -np.add.reduce(probs * self._bounded(logits), axis=0)
 
+    @override
     def gradient(
         self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float
     ) -> np.ndarray:
-        """See :meth:`Head.gradient`."""
         logits, probs = dist
         gradient = probs * -grad_log_prob
         gradient.reshape(-1)[actions] += grad_log_prob
@@ -170,7 +173,7 @@ class CategoricalHead(Head):
         return dist[0].T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
-        r""":math:`\sum_j p_j (\ell_j - \ell'_j)`, see :meth:`Head.mean_kl`."""
+        r""":math:`\sum_j p_j (\ell_j - \ell'_j)`."""
         kl = np.exp(old)
         kl *= self._bounded(old) - self._bounded(new)
         return float(np.add.reduce(kl, axis=None)) / len(old)
@@ -193,24 +196,25 @@ class BernoulliHead(Head):
         """z, the probabilities and softplus(z), ``[n_outputs, B]`` each."""
         return outputs, sigmoid(outputs), np.logaddexp(0, outputs)
 
+    @override
     def sample(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-        """See :meth:`Head.sample`."""
         return th.bernoulli(th.from_numpy(np.ascontiguousarray(dist[1].T))).numpy()
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """``[n_outputs, B]``, 0 or 1."""
         return np.ascontiguousarray(actions.T)
 
+    @override
     def log_prob(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
-        """See :meth:`Head.log_prob`."""
         outputs, _, softplus = dist
         return np.add.reduce(actions * outputs - softplus, axis=0)
 
+    @override
     def entropy(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-        """See :meth:`Head.entropy`."""
         outputs, probs, softplus = dist
         return np.add.reduce(softplus - probs * outputs, axis=0)
 
+    @override
     def gradient(
         self,
         dist: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -218,7 +222,6 @@ class BernoulliHead(Head):
         grad_log_prob: np.ndarray,
         grad_entropy: float,
     ) -> np.ndarray:
-        """See :meth:`Head.gradient`."""
         outputs, probs, _ = dist
         gradient = (actions - probs) * grad_log_prob
         if grad_entropy != 0:
@@ -230,7 +233,7 @@ class BernoulliHead(Head):
         return dist[0].T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
-        r""":math:`\sum_j p_j (z_j - z'_j) + \mathrm{softplus}(z'_j) - \mathrm{softplus}(z_j)`, see :meth:`Head.mean_kl`."""
+        r""":math:`\sum_j p_j (z_j - z'_j) + \mathrm{softplus}(z'_j) - \mathrm{softplus}(z_j)`."""
         kl = sigmoid(old) * (old - new) + np.logaddexp(0, new) - np.logaddexp(0, old)
         return float(np.add.reduce(kl, axis=None)) / len(old)
 
@@ -259,8 +262,8 @@ class GaussianHead(Head):
         """The means ``[d, B]`` and the standard deviations ``[d, 1]``."""
         return outputs, np.exp(self.log_std)[:, None]
 
+    @override
     def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """See :meth:`Head.sample`."""
         mean, std = dist
         noise = th.from_numpy(np.empty(mean.shape[::-1], mean.dtype)).normal_().numpy()
         return mean.T + std.T * noise
@@ -269,21 +272,21 @@ class GaussianHead(Head):
         """``[d, B]``"""
         return np.ascontiguousarray(actions.T)
 
+    @override
     def log_prob(self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
-        """See :meth:`Head.log_prob`."""
         mean, std = dist
         squares = ((actions - mean) / std) ** 2
         constant = float(self.log_std.sum()) + len(std) * 0.5 * math.log(2 * math.pi)
         return -0.5 * np.add.reduce(squares, axis=0) - constant
 
+    @override
     def entropy(self, dist: tuple[np.ndarray, np.ndarray]) -> float:
-        """See :meth:`Head.entropy`."""
         return float(self.log_std.sum()) + len(self.log_std) * 0.5 * (1 + math.log(2 * math.pi))
 
+    @override
     def gradient(
         self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float
     ) -> np.ndarray:
-        """See :meth:`Head.gradient`."""
         mean, std = dist
         deviation = (actions - mean) / std
         weighted = deviation * grad_log_prob
