@@ -72,7 +72,7 @@ def fill_gae(
 ) -> None:
     """
     :func:`compute_gae` on any device, into memory that is there: no shape is checked and nobody waits for a number, so that a
-    CUDA graph can hold it. All tensors are floating-point and on one device; the first five are as :func:`compute_gae` takes them.
+    CUDA graph can hold it. All tensors are floating-point and on one device; the first five are those of :func:`compute_gae`.
 
     :param gamma: scalar
     :param decay: scalar, ``gamma * gae_lambda``

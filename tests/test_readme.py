@@ -34,13 +34,23 @@ def test_linked_files_hold_what_the_link_names(text: str, target: str) -> None:
     assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["example", "native", "long runs", "loading", "equality"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["example", "native", "long runs", "loading", "own loss", "equality"])
 def test_examples_run(example: str, tmp_path: Path) -> None:
     if "atari" in example:
         pytest.importorskip("ale_py")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{example}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_tables_are_whole() -> None:
+    """Lines with bars that follow each other are one table, with a rule below its head; a blank line would cut it in two."""
+    tables = re.findall(r"(?:^\|.*\|\n)+", README, re.MULTILINE)
+    assert len(tables) > 3
+    for table in tables:
+        rows = table.splitlines()
+        assert re.fullmatch(r"\|( *:?-+:? *\|)+", rows[1]), rows[0]
+        assert len({row.count("|") - row.count("\\|") for row in rows}) == 1, rows[0]
 
 
 def test_what_the_kl_costs() -> None:
