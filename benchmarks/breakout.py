@@ -26,7 +26,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
-from benchmarks.options import number
+from benchmarks.options import command_line, number
 from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
@@ -243,14 +243,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for those that the program was started with
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/breakout"), help="folder of the run (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the run (%(default)s)")
+    parser = command_line("benchmarks.breakout", __doc__ or "", out=Path("runs/breakout"), seed=1, threads=2)
     parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
-    parser.add_argument("--threads", type=number(int, 1), default=2, help="of torch, on a CPU (%(default)s)")
     parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")
     parser.add_argument("--timesteps", type=number(float, 1), default=1e7, help="of the whole training (%(default)g)")
     parser.add_argument("--eval-every", type=number(float, 1), default=250_000, help="timesteps (%(default)s)")

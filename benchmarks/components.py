@@ -22,6 +22,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from benchmarks.cases import CASES, Case, Contestant, build, missing, scaled
+from benchmarks.markdown import markdown_table
 from benchmarks.record import provenance, write_json
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep, FusedStep
@@ -163,11 +164,12 @@ def table(title: str, timings: Timings) -> str:
     :param title: of the case
     :param timings: from :func:`measure`
     """
-    lines = [f"**{title}**", "", "| part | by | µs | times SB3 |", "|---|---|---|---|"]
-    for part, by_whom in timings.items():
-        sb3 = by_whom["SB3 PPO"]
-        lines += [f"| {part} | {who} | {value:,.1f} | {sb3 / value:.2f} |" for who, value in by_whom.items()]
-    return "\n".join(lines)
+    rows = [
+        (part, who, f"{value:,.1f}", f"{by_whom['SB3 PPO'] / value:.2f}")
+        for part, by_whom in timings.items()
+        for who, value in by_whom.items()
+    ]
+    return f"**{title}**\n\n{markdown_table(('part', 'by', 'µs', 'times SB3'), rows)}"
 
 
 def main() -> None:

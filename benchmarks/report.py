@@ -8,14 +8,15 @@ Tables and pictures of the comparison with SB3's PPO, from the records of :mod:`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison.figures import plot_curves, plot_differences
 from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.comparison.records import Records, load_records
 from benchmarks.comparison.tables import headline, report
+from benchmarks.options import command_line
 from benchmarks.record import RESULTS
 
 __all__ = ["HEADLINE_ENTRIES", "main", "write_report"]
@@ -52,11 +53,8 @@ def write_report(records: Records, out: Path) -> list[Path]:
 
 def main() -> None:
     """Write the report of the command line's records, and print the headline."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="tables and pictures of what benchmarks.compare kept"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS / "compare", help="folder of records (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write to (that of the records)")
+    shared: dict[str, Any] = {"results": RESULTS / "compare", "out": None}
+    parser = command_line("benchmarks.report", "tables and pictures of what benchmarks.compare kept", **shared)
     options = parser.parse_args()
     try:
         records = load_records(options.results)

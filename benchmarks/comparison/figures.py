@@ -113,7 +113,7 @@ def plot_differences(records: Records, path: Path) -> None:
     :param path: the PNG to write
     """
     pairs = {
-        (name, side): paired(sides, side)
+        (name, side): paired(name, sides, side)
         for name, sides in records.items()
         for side in sides
         if side not in ("sb3", "reference") and PROTOCOL[name].margin

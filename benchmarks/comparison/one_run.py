@@ -21,14 +21,13 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, sync_envs_normalization
 
 from benchmarks.cases import build
 from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
-from benchmarks.evaluation import EVALUATION_SEED
+from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.record import provenance
 
 __all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "train", "weights_digest"]
@@ -106,16 +105,10 @@ class Evaluations(BaseCallback):
 
     def _returns(self, episodes: int) -> list[float]:
         assert self.model.env is not None, "it is training"
-        self._env.seed(EVALUATION_SEED + EVALUATION_ENVS * len(self.rows))
         if isinstance(self._env, VecNormalize):
             sync_envs_normalization(self.model.env, self._env)
-        with th.random.fork_rng(devices=[]):
-            th.manual_seed(EVALUATION_SEED)
-            returns, _ = evaluate_policy(
-                self.model, self._env, episodes, deterministic=self._entry.deterministic, return_episode_rewards=True
-            )
-        assert isinstance(returns, list), "as asked for"
-        return [round(float(value), 3) for value in returns]
+        seed = EVALUATION_SEED + EVALUATION_ENVS * len(self.rows)
+        return evaluate(self.model, self._env, episodes, self._entry.deterministic, seed).returns
 
 
 def train(entry: Entry, side: str, seed: int, timesteps: int) -> tuple[OnPolicyAlgorithm, dict[str, Any]]:
@@ -174,7 +167,7 @@ def main() -> None:
     saved.parent.mkdir(parents=True, exist_ok=True)
     model.save(saved)
     plan = {"entry": options.entry, "side": options.side, "seed": options.seed, "timesteps": timesteps, "margin": entry.margin}
-    write_record(record_path(*where), {**plan, **measured, **origin})
+    write_record(record_path(*where), {**plan, "hyperparameters": entry.task().described(), **measured, **origin})
 
 
 if __name__ == "__main__":
