@@ -42,10 +42,10 @@ def write_report(records: Records, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     headline_png, differences, steps, seconds = (out / name for name in _FIGURES)
-    plot_curves(records, HEADLINE_ENTRIES, headline_png, "seconds")
+    plot_curves(records, [(name, "seconds") for name in HEADLINE_ENTRIES], headline_png)
     plot_differences(records, differences)
-    plot_curves(records, list(PROTOCOL), steps, "steps")
-    plot_curves(records, list(PROTOCOL), seconds, "seconds")
+    plot_curves(records, [(name, "steps") for name in PROTOCOL], steps)
+    plot_curves(records, [(name, "seconds") for name in PROTOCOL], seconds)
     text = out / "report.md"
     text.write_text(report(records, _FIGURES.items()), encoding="utf-8")
     return [text, headline_png, differences, steps, seconds]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,25 +53,29 @@ def learning_curve(runs: dict[int, Run], field: str) -> Curve:
     return Curve(steps[0], np.median(seconds, axis=0), *estimates.T)
 
 
-def plot_curves(records: Records, names: Sequence[str], path: Path, against: str, columns: int = 3) -> None:
+def plot_curves(
+    records: Records, panels: Sequence[tuple[str, str]], path: Path, columns: int = 3, titles: Mapping[str, str] = SIDES
+) -> None:
     """
-    Learning curves of all sides, a panel per entry; one that has not been run is an empty panel that says so.
+    Learning curves of all sides; an entry that has not been run is an empty panel that says so.
 
     :param records: all of them
-    :param names: entries to show
+    :param panels: an entry each, and against what: ``"steps"`` or ``"seconds"``
     :param path: the PNG to write
-    :param against: ``"steps"`` or ``"seconds"``
     :param columns: panels side by side
+    :param titles: of the sides
     """
-    rows = -(-len(names) // columns)
+    rows = -(-len(panels) // columns)
     figure, axes = _subplots(rows, columns, (10, 3.2 * rows + 0.9))
-    for axis, name in zip(axes.flat, names, strict=False):
+    for axis, (name, against) in zip(axes.flat, panels, strict=False):
         _plot_entry(axis, name, records[name], against)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("return of an evaluation episode")
-    _legend(figure, [side for side in SIDES if any(side in records[name] for name in names)])
+    sides = [side for side in titles if any(side in records[name] for name, _ in panels)]
+    handles = [Line2D([], [], **_STYLES[side]) for side in sides]
+    figure.legend(handles, [titles[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel(_BAND, fontsize=10, color="#444444")
     _save(figure, path)
 
@@ -144,11 +148,6 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figur
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     return figure, axes
-
-
-def _legend(figure: Figure, sides: Sequence[str]) -> None:
-    handles = [Line2D([], [], **_STYLES[side]) for side in sides]
-    figure.legend(handles, [SIDES[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
 
 
 def _save(figure: Figure, path: Path) -> None:

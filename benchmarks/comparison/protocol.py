@@ -128,8 +128,8 @@ PROTOCOL: dict[str, Entry] = {
         evaluations=10,
         note=(
             "A pixel game for CnnPolicy that one core learns in minutes, with what the fast path changes on Atari: products "
-            "in channels-last float32, and a vector environment with reset rows. SB3's side is the reference engine, whose bits "
-            "are SB3's. The margin is a tenth of what a player gets who knows where each ball will come down. It and the "
+            "in channels-last float32, and a vector environment with reset rows. SB3's side is the reference engine, whose "
+            "bits are SB3's. The margin is a tenth of what a player gets who knows where each ball will come down. It and the "
             "hyperparameters (the zoo's for Atari, but with a larger learning rate and clip range and a shorter horizon) were "
             "chosen on other seeds than those compared."
         ),

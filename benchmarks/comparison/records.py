@@ -24,6 +24,7 @@ __all__ = [
     "paired",
     "read_run",
     "record_path",
+    "same_weights",
     "training_returns",
     "training_seconds",
     "write_record",
@@ -135,6 +136,11 @@ def paired(name: str, sides: dict[str, dict[int, Run]], side: str) -> tuple[dict
     ours, theirs = sides.get(side, {}), sides.get(PROTOCOL[name].baseline, {})
     seeds = sorted(ours.keys() & theirs.keys())
     return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
+
+
+def same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
+    """Whether there are runs, and each ended with the weights of the other side's run of its seed, to the last bit."""
+    return bool(ours) and all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
 
 
 def final_returns(runs: dict[int, Run]) -> np.ndarray:

@@ -23,6 +23,7 @@ from benchmarks.comparison.records import (
     clock,
     final_returns,
     paired,
+    same_weights,
     training_returns,
     training_seconds,
 )
@@ -87,7 +88,7 @@ def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
 
 def _judgement(entry: Entry, ours: dict[int, Run], theirs: dict[int, Run]) -> str:
     """What may be said of a side; nothing before the protocol's seeds and steps have been run."""
-    if _same_weights(ours, theirs):
+    if same_weights(ours, theirs):
         return "the same bits"
     if len(ours) < entry.seeds or any(run["timesteps"] < entry.timesteps for run in ours.values()):
         return "no verdict before all seeds and steps are run"
@@ -143,7 +144,7 @@ def _details_row(name: str, side: str, sides: Sides) -> list[str]:
 
 
 def _better(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
-    if len(ours) < 2 or _same_weights(ours, theirs):
+    if len(ours) < 2 or same_weights(ours, theirs):
         return ""
     return _interval(probability_of_improvement(final_returns(ours), final_returns(theirs)), digits=2)
 
@@ -158,10 +159,6 @@ def _compared(name: str, side: str, sides: Sides) -> str:
     return f"- {SIDES[side]}: differs from {other} by {apart}: {judgement}; times as fast: {_speed(ours, theirs)}"
 
 
-def _same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
-    return bool(ours) and all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
-
-
 def identity(records: Records) -> str:
     """
     In how many runs the reference engine ended with the weights that SB3's PPO ended with.
@@ -172,7 +169,7 @@ def identity(records: Records) -> str:
     for name, sides in records.items():
         ours, theirs = paired(name, sides, "reference") if PROTOCOL[name].baseline == "sb3" else ({}, {})
         total += len(ours)
-        same += sum(_same_weights({seed: run}, theirs) for seed, run in ours.items())
+        same += sum(same_weights({seed: run}, theirs) for seed, run in ours.items())
     return f"In {same} of {total} pairs of runs, the reference engine ended with SB3's weights, to the last bit."
 
 
