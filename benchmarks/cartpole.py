@@ -2,9 +2,9 @@
 The main job: ScratchPPO beside SB3's PPO on CartPole-v1, with rl-zoo3's hyperparameters.
 
 SB3's PPO, ScratchPPO's reference engine and the engine that ``engine="auto"`` takes learn from the same seed, one after the
-other and each in a process of its own, and are evaluated on the same episodes on the way and at the end. Prints a table; writes
-learning curves, the models and a record of all figures. Fails if the reference did not end with SB3's bits. ``make cartpole``
-runs it; the figures in the README come from::
+other and each in a process of its own, and are evaluated on the same episodes on the way and at the end. Prints a table,
+and writes learning curves, the models and a record of all figures. Fails if the reference did not end with SB3's bits.
+``make cartpole`` runs it; the figures in the README come from::
 
     python -m benchmarks.cartpole --rounds 5 --save-result cartpole
 """
@@ -137,8 +137,8 @@ def summary(record: Record) -> str:
     fast, reference = record["sides"]["fast"], record["sides"]["reference"]
     bits = "the same bits" if reference["same_bits_as_sb3"] else "other bits"
     return (
-        f"the reference ends with {bits} and is {_speed(reference)} times as fast as SB3's PPO; `auto` is **{_speed(fast)} times "
-        f"as fast** and returns {_returns(fast)} over {fast['returns']['episodes']} evaluation episodes (medians of "
+        f"the reference ends with {bits} and is {_speed(reference)} times as fast as SB3's PPO; `auto` is **{_speed(fast)} "
+        f"times as fast** and returns {_returns(fast)} over {fast['returns']['episodes']} evaluation episodes (medians of "
         f"{record['rounds']} rounds, with the smallest and the largest)"
     )
 

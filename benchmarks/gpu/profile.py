@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_checks import count_waits
+from benchmarks.gpu.checks import count_waits
 from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
 
 __all__ = ["Busy", "busy_time", "minibatch_profile", "profiled"]
