@@ -7,6 +7,9 @@ Ctrl-C, SIGTERM or ``--minutes`` end a command with a checkpoint; the same comma
 
 ``record.json`` in the folder has every evaluation, every stretch of training games and every command with its commit and
 machine. The command that reaches the end writes the agent, ``model.zip``, and lets it play 100 games in SB3's own wrappers.
+``learning_curve.png`` shows how far the run has got; ``--picture`` draws it anew from the record and runs nothing::
+
+    python -m benchmarks.breakout --out benchmarks/results/breakout --picture
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import torch as th
+from matplotlib.axes import Axes
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
+from benchmarks.drawing import BLACK, BLUE, GREEN, VERMILION, save_figure, subplots
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.options import command_line, number
 from benchmarks.record import provenance, write_json
@@ -32,7 +38,7 @@ from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
 
-__all__ = ["ENV_ID", "Journal", "main", "parse_options", "train_breakout"]
+__all__ = ["ENV_ID", "PUBLISHED", "Journal", "draw", "main", "parse_options", "train_breakout"]
 
 Record = dict[str, Any]
 
@@ -198,6 +204,47 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
     return record
 
 
+def draw(record: Record, path: Path) -> None:
+    """
+    The learning curve: training games and evaluations over the steps so far, with the published scores.
+
+    :param record: of a run, finished or not
+    :param path: the PNG to write
+    """
+    total = float(record["timesteps"])
+    reached = max([row["timesteps"] for name in ("training", "evaluations") for row in record[name]], default=0)
+    figure, axes = subplots(1, 1 if record["done"] else 2, (10, 4.4))
+    for (who, (mean, spread)), color in zip(PUBLISHED.items(), (VERMILION, GREEN), strict=True):
+        axes[0, 0].axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+        axes[0, 0].axhline(mean, color=color, linestyle=":", label=f"{who}, after 10 million steps: {mean:g} ± {spread:g}")
+    for axis, end in zip(axes.flat, (total, max(reached, 1)), strict=False):
+        _draw_scores(axis, record)
+        axis.set_xlabel("environment steps (millions)")
+        axis.set_xlim(0, end / 1e6)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("score of a game")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure.suptitle(f"{record['env']}, seed {record['seed']}: {reached:,} of {total:,.0f} steps ({reached / total:.1%})")
+    save_figure(figure, path)
+
+
+def _draw_scores(axis: Axes, record: Record) -> None:
+    games = [row for row in record["training"] if row["mean"] is not None]
+    axis.plot(_millions(games), [row["mean"] for row in games], color=BLUE, linewidth=1.2, label="training games, mean")
+    returns = [row["returns"] for row in record["evaluations"]]
+    means, spreads = [statistics.fmean(each) for each in returns], [statistics.pstdev(each) for each in returns]
+    style: dict[str, Any] = {"fmt": "o", "color": BLACK, "markersize": 4, "linewidth": 1}
+    axis.errorbar(_millions(record["evaluations"]), means, spreads, label="evaluations, mean ± std over games", **style)
+    if "final" in record:
+        steps, label = record["timesteps"] / 1e6, f"final evaluation: {described(record['final']['returns'])}"
+        axis.plot(steps, record["final"]["mean"], "D", color=BLUE, markersize=9, label=label)
+
+
+def _millions(rows: list[Record]) -> list[float]:
+    return [row["timesteps"] / 1e6 for row in rows]
+
+
 def _games(n_envs: int, backend: str, seed: int, clip_reward: bool = True) -> VecEnv:
     return make_native_atari_env(ENV_ID, n_envs, seed=seed, backend=backend, clip_reward=clip_reward)
 
@@ -252,6 +299,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=number(float, 1), default=1e7, help="of the whole training (%(default)g)")
     parser.add_argument("--eval-every", type=number(float, 1), default=250_000, help="timesteps (%(default)s)")
     parser.add_argument("--eval-episodes", type=number(int, 0), default=16, help="games per evaluation (%(default)s)")
+    parser.add_argument("--picture", action="store_true", help="draw the curve of the record in --out, and run nothing")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -259,8 +307,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Do what the command line says."""
     options = parse_options()
+    path, picture = options.out / "record.json", options.out / "learning_curve.png"
+    if options.picture:
+        if not path.exists():
+            sys.exit(f"breakout: there is no {path}; the same command without --picture makes it")
+        draw(json.loads(path.read_text(encoding="utf-8")), picture)
+        print(f"wrote {picture}")
+        return
     th.set_num_threads(options.threads)
     record = train_breakout(options)
+    draw(record, picture)
     if not record["done"]:
         print("not done yet: the same command goes on from here")
 

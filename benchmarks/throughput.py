@@ -23,11 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
+from benchmarks.drawing import BLUE, GREY, VERMILION, save_figure, subplots
 from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line, number
 from benchmarks.record import ROOT, provenance, save_result, with_threads, write_json
@@ -39,7 +38,6 @@ IMPORTS = {
     "sb3": "import stable_baselines3; from stable_baselines3 import PPO",
     "scratch": "import sb3_ppo_from_scratch",
 }
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's, for all kinds of eyes
 
 
 # --------------------------------------------------------------------- running
@@ -211,18 +209,13 @@ def plot(record: Record, path: Path) -> None:
     :param record: from :func:`make_record`
     :param path: the PNG to write
     """
-    mpl.use("Agg")
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     cases = record["cases"].values()
     heights = [len(case["contestants"]) + 1.5 for case in cases]
-    figure, axes = plt.subplots(
-        len(heights), 1, figsize=(9, 0.45 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(len(heights), 1, (9, 0.45 * sum(heights)), heights)
     for axis, case in zip(axes.flat, cases, strict=True):
         _plot_case(axis, case)
     figure.supxlabel("times as fast as SB3's PPO (median; lines: smallest and largest; diamonds: the floor)", fontsize=11)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _plot_case(axis: Axes, case: Record) -> None:
@@ -230,9 +223,9 @@ def _plot_case(axis: Axes, case: Record) -> None:
     sb3_seconds = statistics.median(rows[0]["seconds"])
     for y, row in enumerate(rows):
         ratio = row["ratio"]
-        axis.barh(y, ratio["median"], color=_VERMILION if row["engine"] == "sb3" else _BLUE)
+        axis.barh(y, ratio["median"], color=VERMILION if row["engine"] == "sb3" else BLUE)
         axis.plot([ratio["min"], ratio["max"]], [y, y], color="black", linewidth=1)
-        axis.plot(sb3_seconds / sum(row["floor_seconds"].values()), y, "D", color=_GREY, markersize=5)
+        axis.plot(sb3_seconds / sum(row["floor_seconds"].values()), y, "D", color=GREY, markersize=5)
     axis.set_yticks(range(len(rows)), [f"{row['title']}, {row['envs']}" for row in rows])
     axis.invert_yaxis()
     axis.set_title(case["title"], loc="left", fontsize=11)

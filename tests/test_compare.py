@@ -26,6 +26,7 @@ from benchmarks.comparison import figures, inference, one_run, tables
 from benchmarks.comparison import records as records_module
 from benchmarks.comparison.protocol import PROTOCOL, Entry
 from benchmarks.comparison.records import load_records, read_run, record_path, write_record
+from benchmarks.drawing import save_figure, subplots
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tasks import HYPERPARAMETERS
 
@@ -367,18 +368,18 @@ def test_a_run_that_waited_for_its_core_is_not_compared_by_the_wall_clock() -> N
     sides = {"sb3": {0: waited}, "fast": {0: undisturbed}}
     assert records_module.clock(sides) == "cpu_seconds"
     assert "times as fast: not measured: disturbed" in tables.details("CartPole-v1", sides)
-    _figure, axes = figures._subplots(1, 1, (4, 3))
+    _figure, axes = subplots(1, 1, (4, 3))
     figures._plot_entry(axes[0, 0], "CartPole-v1", sides, "seconds")
     assert axes[0, 0].get_xlabel() == "CPU time of training (s)"
     assert [line.get_xdata()[-1] for line in axes[0, 0].lines[:2]] == [10.0, 2.0]
 
 
 def test_pictures_say_what_has_not_been_run(tmp_path: Path) -> None:
-    figure, axes = figures._subplots(1, 1, (4, 3))
+    figure, axes = subplots(1, 1, (4, 3))
     figures._plot_entry(axes[0, 0], "Breakout-10M", {}, "seconds")
     assert [text.get_text() for text in axes[0, 0].texts] == ["not run yet"]
     assert axes[0, 0].get_title() == "Breakout-10M"
-    figures._save(figure, tmp_path / "empty.png")
+    save_figure(figure, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
 
 

@@ -6,25 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.comparison.inference import difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns, paired
+from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, VERMILION, save_figure, subplots
 
 __all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
 
-# Okabe and Ito's colours; SB3's line is wide, so that the reference shows on top where the two coincide
+# SB3's line is wide, so that the reference shows on top where the two coincide
 _STYLES: dict[str, dict[str, Any]] = {
-    "sb3": {"color": "#D55E00", "linewidth": 5.0, "alpha": 0.45},
-    "reference": {"color": "#000000", "linewidth": 1.3, "linestyle": (0, (4, 2))},
-    "fast": {"color": "#0072B2", "linewidth": 2.0},
-    "native": {"color": "#009E73", "linewidth": 2.0, "linestyle": (0, (1, 1))},
+    "sb3": {"color": VERMILION, "linewidth": 5.0, "alpha": 0.45},
+    "reference": {"color": BLACK, "linewidth": 1.3, "linestyle": (0, (4, 2))},
+    "fast": {"color": BLUE, "linewidth": 2.0},
+    "native": {"color": GREEN, "linewidth": 2.0, "linestyle": (0, (1, 1))},
 }
 _BAND = "lines: mean return over the seeds; bands: its 95% bootstrap interval; grey dots: rl-zoo3's own score"
 
@@ -66,7 +64,7 @@ def plot_curves(
     :param titles: of the sides
     """
     rows = -(-len(panels) // columns)
-    figure, axes = _subplots(rows, columns, (10, 3.2 * rows + 0.9))
+    figure, axes = subplots(rows, columns, (10, 3.2 * rows + 0.9))
     for axis, (name, against) in zip(axes.flat, panels, strict=False):
         _plot_entry(axis, name, records[name], against)
     for axis in axes.flat[len(panels) :]:
@@ -77,7 +75,7 @@ def plot_curves(
     handles = [Line2D([], [], **_STYLES[side]) for side in sides]
     figure.legend(handles, [titles[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel(_BAND, fontsize=10, color="#444444")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against: str) -> None:
@@ -123,9 +121,9 @@ def plot_differences(records: Records, path: Path) -> None:
         if side not in ("sb3", "reference") and PROTOCOL[name].margin
     }
     rows = [(*who, difference(*map(final_returns, pair))) for who, pair in pairs.items() if pair[0]]
-    figure, axes = _subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
+    figure, axes = subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
     axis = axes[0, 0]
-    axis.axvspan(-1, 1, color="#999999", alpha=0.2, linewidth=0)
+    axis.axvspan(-1, 1, color=GREY, alpha=0.2, linewidth=0)
     axis.axvline(0, color="#777777", linewidth=1)
     for y, (name, side, apart) in enumerate(rows):
         margin = PROTOCOL[name].margin
@@ -140,17 +138,4 @@ def plot_differences(records: Records, path: Path) -> None:
     explained = "lines: 95% intervals; open circles: no interval; grey: equivalent"
     axis.set_xlabel(f"difference of final return from SB3's PPO, in margins\n({explained})")
     axis.grid(axis="x", alpha=0.25)
-    _save(figure, path)
-
-
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    mpl.use("Agg")
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
