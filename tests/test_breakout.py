@@ -36,8 +36,10 @@ def command(folder: Path, minutes: float, timesteps: int = 40, **options: Any) -
 
 
 @pytest.fixture(autouse=True)
-def _needs_ale() -> None:
+def _one_game(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a time, for evaluations."""
     pytest.importorskip("ale_py")
+    monkeypatch.setattr(breakout, "_GAMES_AT_ONCE", 1)
 
 
 def test_several_commands_make_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +153,8 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 def test_an_agents_file_becomes_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every so many-th step from the first one asked for; the JSON beside it names the agent."""
-    model = ScratchPPO("MlpPolicy", make_vec_env("CartPole-v1", 1), n_steps=32, seed=1, device="cpu").learn(32)
+    env = make_vec_env("CartPole-v1", 1)
+    model = ScratchPPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=1, device="cpu").learn(32)
     model.save(tmp_path / "agent.zip")
     arguments = {"entry": "CartPole-v1", "agent": tmp_path / "agent.zip", "out": tmp_path, "every": 2, "start": 3, "width": 60}
     monkeypatch.setattr("sys.argv", ["episode", *(text for k, v in arguments.items() for text in (f"--{k}", str(v)))])

@@ -79,9 +79,9 @@ def verdict(data: Record, reset_rows: Record, products: Record) -> str:
     fp32, bf16, other = (products["distance"][name][-1] for name in list(CANDIDATES)[1:])
     return (
         f"one agent's mean score over {data['games']} games differs from that in SB3's wrappers by {ale} in native ALE and by "
-        f"{envpool} in native EnvPool; reset rows are {first:.1%} of the run's first steps and {last:.1%} of its last so far; "
-        f"after {products['updates'][-1]} updates on the same minibatches the weights of `channels_last` are {fp32:.1%} as far "
-        f"from the reference's as these have moved, with bf16 {bf16:.0%}, and the reference's own with its minibatches in "
+        f"{envpool} in native EnvPool; reset rows are {first:.1%} of the run's first steps and {last:.1%} of its last; after "
+        f"{products['updates'][-1]} updates on the same minibatches the weights of `channels_last` are {fp32:.1%} as far from "
+        f"the reference's as these have moved, with bf16 {bf16:.0%}, and the reference's own with its minibatches in "
         f"another order {other:.0%}"
     )
 
