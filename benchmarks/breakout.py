@@ -38,7 +38,7 @@ from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
 
-__all__ = ["ENV_ID", "PUBLISHED", "Journal", "draw", "main", "parse_options", "train_breakout"]
+__all__ = ["ENV_ID", "PUBLISHED", "Journal", "draw", "main", "parse_options", "steps_done", "summary", "train_breakout"]
 
 Record = dict[str, Any]
 
@@ -204,6 +204,29 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
     return record
 
 
+def summary(record: Record) -> str:
+    """
+    The README's sentence about a run (``tests/test_readme.py`` compares them).
+
+    :param record: of a run, finished or not
+    """
+    hours = sum(session.get("seconds", 0.0) for session in record["sessions"]) / 3600
+    reached, total = steps_done(record), float(record["timesteps"])
+    last = record.get("final") or record["evaluations"][-1]
+    when = "at the end" if "final" in record else f"after {last['timesteps']:,} steps"
+    return (
+        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and an evaluation {when} of {described(last['returns'])}, "
+        "beside "
+        + " and ".join(f"{who}'s {mean:g} +- {spread:g}" for who, (mean, spread) in PUBLISHED.items())
+        + " after all of them"
+    )
+
+
+def steps_done(record: Record) -> int:
+    """How far the record's rows reach."""
+    return max([row["timesteps"] for name in ("training", "evaluations") for row in record[name]], default=0)
+
+
 def draw(record: Record, path: Path) -> None:
     """
     The learning curve: training games and evaluations over the steps so far, with the published scores.
@@ -212,7 +235,7 @@ def draw(record: Record, path: Path) -> None:
     :param path: the PNG to write
     """
     total = float(record["timesteps"])
-    reached = max([row["timesteps"] for name in ("training", "evaluations") for row in record[name]], default=0)
+    reached = steps_done(record)
     figure, axes = subplots(1, 1 if record["done"] else 2, (10, 4.4))
     for (who, (mean, spread)), color in zip(PUBLISHED.items(), (VERMILION, GREEN), strict=True):
         axes[0, 0].axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)

@@ -29,7 +29,7 @@ from benchmarks.comparison.records import (
 )
 from benchmarks.markdown import markdown_table
 
-__all__ = ["appendix", "details", "headline", "identity", "origins", "report"]
+__all__ = ["appendix", "details", "headline", "identity", "learned", "origins", "report"]
 
 Sides = dict[str, dict[int, Run]]
 
@@ -157,6 +157,18 @@ def _compared(name: str, side: str, sides: Sides) -> str:
     apart = _interval(difference(final_returns(ours), final_returns(theirs)), sign="+")
     judgement = _judgement(entry, ours, theirs)
     return f"- {SIDES[side]}: differs from {other} by {apart}: {judgement}; times as fast: {_speed(ours, theirs)}"
+
+
+def learned(name: str, sides: Sides) -> str:
+    """
+    Whether the fast engine's agents are as good, in a sentence.
+
+    :param name: an entry's
+    :param sides: its runs
+    """
+    ours, theirs = paired(name, sides, "fast")
+    apart = _interval(difference(final_returns(ours), final_returns(theirs)), sign="+", digits=2)
+    return f"{len(ours)} seeds a side of {name} differ by {apart}: {_judgement(PROTOCOL[name], ours, theirs)}"
 
 
 def identity(records: Records) -> str:
