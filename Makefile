@@ -4,13 +4,16 @@ JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests docs
 
-.PHONY: help cartpole compare report throughput components test check lint format-check format type clean
+.PHONY: help cartpole breakout compare report throughput components test check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-cartpole: .venv/installed ## the main job: ScratchPPO beside SB3's PPO on CartPole-v1
-	$(BIN)/python -m benchmarks.cartpole --engine torch --out runs/cartpole
+cartpole: .venv/installed ## the main job: ScratchPPO's reference and fast engine beside SB3's PPO on CartPole-v1
+	$(BIN)/python -m benchmarks.cartpole --out runs/cartpole $(ARGS)
+
+breakout: .venv/installed ## Breakout for 10 million steps: begins, or goes on where it was; ARGS="--minutes 60"
+	$(BIN)/python -m benchmarks.breakout --out runs/breakout $(ARGS)
 
 compare: .venv/installed ## ScratchPPO beside SB3's PPO on all environments and seeds, some hours; ARGS="--only CartPole-v1"
 	$(BIN)/python -m benchmarks.compare $(ARGS)

@@ -7,6 +7,9 @@ Ctrl-C, SIGTERM or ``--minutes`` end a command with a checkpoint; the same comma
 
 ``record.json`` in the folder has every evaluation, every stretch of training games and every command with its commit and
 machine. The command that reaches the end writes the agent, ``model.zip``, and lets it play 100 games in SB3's own wrappers.
+``learning_curve.png`` shows how far the run has got; ``--picture`` draws it anew from the record and runs nothing::
+
+    python -m benchmarks.breakout --out benchmarks/results/breakout --picture
 """
 
 from __future__ import annotations
@@ -15,24 +18,27 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import torch as th
+from matplotlib.axes import Axes
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
+from benchmarks.drawing import BLACK, BLUE, GREEN, VERMILION, save_figure, subplots
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
-from benchmarks.options import number
+from benchmarks.options import command_line, number
 from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
 
-__all__ = ["ENV_ID", "Journal", "main", "parse_options", "train_breakout"]
+__all__ = ["ENV_ID", "PUBLISHED", "Journal", "draw", "main", "parse_options", "steps_done", "summary", "train_breakout"]
 
 Record = dict[str, Any]
 
@@ -198,6 +204,70 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
     return record
 
 
+def summary(record: Record) -> str:
+    """
+    The README's sentence about a run (``tests/test_readme.py`` compares them).
+
+    :param record: of a run, finished or not
+    """
+    hours = sum(session.get("seconds", 0.0) for session in record["sessions"]) / 3600
+    reached, total = steps_done(record), float(record["timesteps"])
+    last = record.get("final") or record["evaluations"][-1]
+    when = "at the end" if "final" in record else f"after {last['timesteps']:,} steps"
+    return (
+        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and an evaluation {when} of {described(last['returns'])}, "
+        "beside "
+        + " and ".join(f"{who}'s {mean:g} +- {spread:g}" for who, (mean, spread) in PUBLISHED.items())
+        + " after all of them"
+    )
+
+
+def steps_done(record: Record) -> int:
+    """How far the record's rows reach."""
+    return max([row["timesteps"] for name in ("training", "evaluations") for row in record[name]], default=0)
+
+
+def draw(record: Record, path: Path) -> None:
+    """
+    The learning curve: training games and evaluations over the steps so far, with the published scores.
+
+    :param record: of a run, finished or not
+    :param path: the PNG to write
+    """
+    total = float(record["timesteps"])
+    reached = steps_done(record)
+    figure, axes = subplots(1, 1 if record["done"] else 2, (10, 4.4))
+    for (who, (mean, spread)), color in zip(PUBLISHED.items(), (VERMILION, GREEN), strict=True):
+        axes[0, 0].axhspan(mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
+        axes[0, 0].axhline(mean, color=color, linestyle=":", label=f"{who}, after 10 million steps: {mean:g} ± {spread:g}")
+    for axis, end in zip(axes.flat, (total, max(reached, 1)), strict=False):
+        _draw_scores(axis, record)
+        axis.set_xlabel("environment steps (millions)")
+        axis.set_xlim(0, end / 1e6)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("score of a game")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure.suptitle(f"{record['env']}, seed {record['seed']}: {reached:,} of {total:,.0f} steps ({reached / total:.1%})")
+    save_figure(figure, path)
+
+
+def _draw_scores(axis: Axes, record: Record) -> None:
+    games = [row for row in record["training"] if row["mean"] is not None]
+    axis.plot(_millions(games), [row["mean"] for row in games], color=BLUE, linewidth=1.2, label="training games, mean")
+    returns = [row["returns"] for row in record["evaluations"]]
+    means, spreads = [statistics.fmean(each) for each in returns], [statistics.pstdev(each) for each in returns]
+    style: dict[str, Any] = {"fmt": "o", "color": BLACK, "markersize": 4, "linewidth": 1}
+    axis.errorbar(_millions(record["evaluations"]), means, spreads, label="evaluations, mean ± std over games", **style)
+    if "final" in record:
+        steps, label = record["timesteps"] / 1e6, f"final evaluation: {described(record['final']['returns'])}"
+        axis.plot(steps, record["final"]["mean"], "D", color=BLUE, markersize=9, label=label)
+
+
+def _millions(rows: list[Record]) -> list[float]:
+    return [row["timesteps"] / 1e6 for row in rows]
+
+
 def _games(n_envs: int, backend: str, seed: int, clip_reward: bool = True) -> VecEnv:
     return make_native_atari_env(ENV_ID, n_envs, seed=seed, backend=backend, clip_reward=clip_reward)
 
@@ -243,18 +313,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for those that the program was started with
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/breakout"), help="folder of the run (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the run (%(default)s)")
+    parser = command_line("benchmarks.breakout", __doc__ or "", out=Path("runs/breakout"), seed=1, threads=2)
     parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
-    parser.add_argument("--threads", type=number(int, 1), default=2, help="of torch, on a CPU (%(default)s)")
     parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")
     parser.add_argument("--timesteps", type=number(float, 1), default=1e7, help="of the whole training (%(default)g)")
     parser.add_argument("--eval-every", type=number(float, 1), default=250_000, help="timesteps (%(default)s)")
     parser.add_argument("--eval-episodes", type=number(int, 0), default=16, help="games per evaluation (%(default)s)")
+    parser.add_argument("--picture", action="store_true", help="draw the curve of the record in --out, and run nothing")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -262,8 +330,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Do what the command line says."""
     options = parse_options()
+    path, picture = options.out / "record.json", options.out / "learning_curve.png"
+    if options.picture:
+        if not path.exists():
+            sys.exit(f"breakout: there is no {path}; the same command without --picture makes it")
+        draw(json.loads(path.read_text(encoding="utf-8")), picture)
+        print(f"wrote {picture}")
+        return
     th.set_num_threads(options.threads)
     record = train_breakout(options)
+    draw(record, picture)
     if not record["done"]:
         print("not done yet: the same command goes on from here")
 

@@ -1,298 +1,170 @@
 """
 The main job: ScratchPPO beside SB3's PPO on CartPole-v1, with rl-zoo3's hyperparameters.
 
-Both learn from the same seed, one after the other, and are evaluated on the same episodes. Prints a table; writes a learning
-curve, both models and a record of all figures. ``make cartpole`` runs it; ``python -m benchmarks.cartpole --help`` lists the
-options. The figures in the README come from::
+SB3's PPO, ScratchPPO's reference engine and the engine that ``engine="auto"`` takes learn from the same seed, one after the
+other and each in a process of its own, and are evaluated on the same episodes on the way and at the end. Prints a table,
+and writes learning curves, the models and a record of all figures. Fails if the reference did not end with SB3's bits.
+``make cartpole`` runs it; the figures in the README come from::
 
-    python -m benchmarks.cartpole --engine torch --pairs 5 --no-progress --save-result cartpole_reference
+    python -m benchmarks.cartpole --rounds 5 --save-result cartpole
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
-import time
-from dataclasses import dataclass, field
+import dataclasses
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch as th
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from benchmarks.evaluation import EVALUATION_SEED
-from benchmarks.record import RESULTS, ROOT, provenance, write_json
-from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
-from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+from benchmarks.cases import Contestant
+from benchmarks.comparison.figures import plot_curves
+from benchmarks.comparison.one_run import train
+from benchmarks.comparison.protocol import PROTOCOL
+from benchmarks.comparison.records import Run, same_weights, training_seconds
+from benchmarks.markdown import markdown_table
+from benchmarks.options import command_line, number
+from benchmarks.record import provenance, save_result, with_threads, write_json
 
-ENV_ID = "CartPole-v1"
-SMOOTHING = 30  # episodes per point of the learning curve
+__all__ = ["ENTRY", "main", "make_record", "parse_options", "run_all", "summary", "table"]
 
 Record = dict[str, Any]
+Runs = dict[str, dict[int, Run]]
+"""By side and seed."""
+
+ENV_ID = "CartPole-v1"
+ENTRY = dataclasses.replace(
+    PROTOCOL[ENV_ID],
+    sides={"sb3": Contestant("sb3", "dummy"), "reference": Contestant("torch", "dummy"), "fast": Contestant("auto", "dummy")},
+    evaluations=10,
+)
+"""The comparison's, but for the sides."""
 
 
-class Episode(NamedTuple):
-    """The end of one training episode."""
-
-    steps: int
-    """environment steps so far, over all environments"""
-    seconds: float
-    """since ``learn`` was called"""
-    episode_return: float
-
-
-@dataclass
-class Run:
-    """One algorithm, trained and evaluated."""
-
-    model: OnPolicyAlgorithm
-    seconds: float
-    """what ``learn`` took"""
-    episodes: list[Episode]
-    evaluation: list[float]
-    """returns of the evaluation episodes"""
-
-
-@dataclass
-class EpisodeLog(BaseCallback):
-    """Notes every episode that ends while training."""
-
-    start: float
-    """``time.perf_counter()`` at the call of ``learn``"""
-    episodes: list[Episode] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            if "episode" in info:
-                seconds = time.perf_counter() - self.start
-                self.episodes.append(Episode(self.num_timesteps, seconds, float(info["episode"]["r"])))
-        return True
-
-
-def build(algorithm: type[OnPolicyAlgorithm], task: Task, seed: int, engine: str) -> OnPolicyAlgorithm:
+def run(side: str, seed: int, timesteps: int, model_path: Path) -> Run:
     """
-    A fresh model with environments of its own.
+    One of them, trained and evaluated, in this process, on one thread.
 
-    :param algorithm: ``ScratchPPO`` or SB3's ``PPO``
-    :param task: see :func:`benchmarks.tasks.load_task`
+    :param side: key of the entry's sides
     :param seed: of the model and its environments
-    :param engine: ScratchPPO's engine
+    :param timesteps: environment steps
+    :param model_path: where the trained model is saved
     """
-    extra: dict[str, Any] = {"engine": engine} if algorithm is ScratchPPO else {}
-    env = make_vec_env(ENV_ID, n_envs=task.n_envs, seed=seed)
-    return algorithm(task.policy, env, seed=seed, device="cpu", **task.arguments, **extra)
+    th.set_num_threads(1)
+    model, measured = train(ENTRY, side, seed, timesteps, tell)
+    model.save(model_path)
+    return measured
 
 
-def train_and_evaluate(algorithm: type[OnPolicyAlgorithm], task: Task, seed: int, options: argparse.Namespace) -> Run:
+def tell(timesteps: int, mean: float) -> None:
+    """Print a line about an evaluation."""
+    print(f"  {timesteps:>9,} steps: {mean:.1f}", flush=True)
+
+
+def run_all(options: argparse.Namespace) -> Runs:
     """
-    One run. Only ``learn`` is timed: neither the set-up nor the evaluation is.
+    All of them in turns, ``options.rounds`` times, each in a fresh process.
 
-    :param algorithm: ``ScratchPPO`` or SB3's ``PPO``
-    :param task: see :func:`benchmarks.tasks.load_task`
-    :param seed: of the model and its environments
     :param options: see :func:`parse_options`
     """
-    model = build(algorithm, task, seed, options.engine)
-    log = EpisodeLog(start=time.perf_counter())
-    model.learn(options.timesteps, callback=log, progress_bar=options.progress)
-    seconds = time.perf_counter() - log.start
-    env = make_vec_env(ENV_ID, n_envs=task.n_envs, seed=EVALUATION_SEED)
-    returns, _ = evaluate_policy(model, env, n_eval_episodes=options.eval_episodes, return_episode_rewards=True)
-    assert isinstance(returns, list)  # a mean only without return_episode_rewards
-    return Run(model, seconds, log.episodes, [float(value) for value in returns])
+    os.environ.update(with_threads(1))  # for the processes; this one computes nothing
+    runs: Runs = {side: {} for side in ENTRY.sides}
+    fresh = multiprocessing.get_context("spawn")
+    for seed in range(options.seed, options.seed + options.rounds):
+        for side in ENTRY.sides:
+            print(f"{title(side)}: seed {seed}, {options.timesteps:,.0f} steps", flush=True)
+            path = options.out / f"{side}_{seed}.zip"
+            with ProcessPoolExecutor(1, fresh) as pool:
+                runs[side][seed] = pool.submit(run, side, seed, int(options.timesteps), path).result()
+    return runs
 
 
-def max_parameter_difference(left: OnPolicyAlgorithm, right: OnPolicyAlgorithm) -> float:
-    """The largest absolute difference between two models' parameters; 0.0 if they are identical."""
-    pairs = zip(left.policy.parameters(), right.policy.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
-
-
-def run_pairs(options: argparse.Namespace) -> list[tuple[Run, Run]]:
+def title(side: str, engine_used: str = "") -> str:
     """
-    Train ScratchPPO and SB3's PPO in turns, after a short warm-up that takes the cost of first calls.
-
-    :param options: see :func:`parse_options`
-    :return: per pair, ScratchPPO's run and SB3's; pair i has the seed ``options.seed + i``
+    :param side: key of the entry's sides
+    :param engine_used: what ``"auto"`` took; empty before that is known
     """
-    task = load_task(ENV_ID)
-    for algorithm in (ScratchPPO, PPO):
-        model = build(algorithm, task, options.seed, options.engine)
-        model.learn(2 * task.n_envs * task.arguments["n_steps"])
-    pairs = []
-    for index in range(options.pairs):
-        runs = []
-        for algorithm in (ScratchPPO, PPO):
-            seed = options.seed + index
-            print(f"{_name(algorithm)}: seed {seed}, {options.timesteps:,.0f} steps ({index + 1}/{options.pairs})", flush=True)
-            runs.append(train_and_evaluate(algorithm, task, seed, options))
-        pairs.append((runs[0], runs[1]))
-    return pairs
+    if side == "sb3":
+        return "SB3 PPO"
+    engine = ENTRY.sides[side].engine
+    took = f", which took {engine_used}" if engine_used not in ("", engine) else ""
+    return f"ScratchPPO, engine {engine}{took}"
 
 
-def _name(algorithm: type[OnPolicyAlgorithm]) -> str:
-    return "ScratchPPO" if algorithm is ScratchPPO else "SB3 PPO"
-
-
-def make_record(pairs: list[tuple[Run, Run]], options: argparse.Namespace) -> Record:
+def make_record(runs: Runs, options: argparse.Namespace) -> Record:
     """
-    All figures of :func:`run_pairs` in a form that JSON can hold, with where they come from.
+    All figures, with where they come from.
 
-    :param pairs: what :func:`run_pairs` returned
+    :param runs: from :func:`run_all`
     :param options: see :func:`parse_options`
     """
-    rows = [
-        {
-            "seed": options.seed + index,
-            "scratch_seconds": round(scratch.seconds, 3),
-            "sb3_seconds": round(sb3.seconds, 3),
-            "ratio": round(sb3.seconds / scratch.seconds, 3),
-            "max_parameter_difference": max_parameter_difference(scratch.model, sb3.model),
-        }
-        for index, (scratch, sb3) in enumerate(pairs)
-    ]
-    ratios = [float(row["ratio"]) for row in rows]
     return {
         **provenance("benchmarks.cartpole"),
         "env": ENV_ID,
-        "hyperparameters": HYPERPARAMETERS.relative_to(ROOT).as_posix(),
+        "hyperparameters": ENTRY.task().described(),
         "timesteps": options.timesteps,
-        "engine": options.engine,
-        "seed": options.seed,
-        "pairs": rows,
-        "ratio": {"median": round(statistics.median(ratios), 3), "min": min(ratios), "max": max(ratios)},
-        "max_parameter_difference": max(float(row["max_parameter_difference"]) for row in rows),
-        "evaluation": {
-            "episodes_per_run": options.eval_episodes,
-            "scratch": _mean_and_std([value for scratch, _ in pairs for value in scratch.evaluation]),
-            "sb3": _mean_and_std([value for _, sb3 in pairs for value in sb3.evaluation]),
-        },
+        "rounds": options.rounds,
+        "sides": {side: _figures(runs[side], runs["sb3"], side) for side in runs},
+        "runs": [{"seed": seed, "side": side, **run} for side, by_seed in runs.items() for seed, run in by_seed.items()],
     }
 
 
-def _mean_and_std(values: list[float]) -> dict[str, float]:
-    return {"mean": round(float(np.mean(values)), 2), "std": round(float(np.std(values)), 2)}
+def _figures(ours: dict[int, Run], theirs: dict[int, Run], side: str) -> Record:
+    """Of one side, beside SB3's runs of the same seeds."""
+    ratios = training_seconds(theirs, "seconds") / training_seconds(ours, "seconds")
+    returns = np.concatenate([run["evaluations"][-1]["returns"] for run in ours.values()])
+    return {
+        "title": title(side, next(iter(ours.values()))["engine_used"]),
+        "seconds": float(np.median(training_seconds(ours, "seconds"))),
+        "ratio": {name: round(float(of(ratios)), 3) for name, of in (("median", np.median), ("min", np.min), ("max", np.max))},
+        "returns": {"mean": round(returns.mean(), 2), "std": round(returns.std(), 2), "episodes": len(returns)},
+        "same_bits_as_sb3": same_weights(ours, theirs),
+    }
 
 
 def summary(record: Record) -> str:
     """
-    The sentence of the README about a record's figures (``tests/test_readme.py`` compares them).
+    The README's sentence about a record (``tests/test_readme.py`` compares them).
 
     :param record: from :func:`make_record`
     """
-    ratio, evaluation, rows = record["ratio"], record["evaluation"]["scratch"], record["pairs"]
-    same = "the same bits" if record["max_parameter_difference"] == 0.0 else "other bits"
+    fast, reference = record["sides"]["fast"], record["sides"]["reference"]
+    bits = "the same bits" if reference["same_bits_as_sb3"] else "other bits"
     return (
-        f"**{ratio['median']:.2f} times as fast as SB3's PPO** (median of {len(rows)} pairs of runs, {ratio['min']:.2f} to "
-        f"{ratio['max']:.2f}), with {same}, and a return of {evaluation['mean']:.1f} ± {evaluation['std']:.1f} over "
-        f"{len(rows) * record['evaluation']['episodes_per_run']} evaluation episodes"
+        f"the reference ends with {bits} and is {_speed(reference)} times as fast as SB3's PPO; `auto` is **{_speed(fast)} "
+        f"times as fast** and returns {_returns(fast)} over {fast['returns']['episodes']} evaluation episodes (medians of "
+        f"{record['rounds']} rounds, with the smallest and the largest)"
     )
 
 
 def table(record: Record) -> str:
     """
-    The figures side by side.
+    A row for each of the three.
 
     :param record: from :func:`make_record`
     """
-    evaluation, rows, ratio = record["evaluation"], record["pairs"], record["ratio"]
-    n_pairs, difference = len(rows), record["max_parameter_difference"]
-    median = {who: statistics.median(row[f"{who}_seconds"] for row in rows) for who in ("scratch", "sb3")}
-    score = {who: f"{evaluation[who]['mean']:.1f} ± {evaluation[who]['std']:.1f}" for who in ("scratch", "sb3")}
-    spread = f" (median of {n_pairs}, {ratio['min']:.2f} to {ratio['max']:.2f})" if n_pairs > 1 else ""
-    verdict = "identical parameters" if difference == 0.0 else "not identical"
-    if difference > 0.0 and record["engine"] != "torch":
-        verdict += "; only the engine 'torch' promises that"
-    lines = [
-        ("", f"ScratchPPO ({record['engine']})", "SB3 PPO"),
-        (f"return, {n_pairs * evaluation['episodes_per_run']} episodes", score["scratch"], score["sb3"]),
-        ("wall time of training", f"{median['scratch']:.1f} s", f"{median['sb3']:.1f} s"),
-    ]
-    text = [f"{label:<26}{left:>20}{right:>18}" for label, left, right in lines]
-    text.insert(1, "-" * len(text[0]))
-    text.append(f"{'speed, SB3 = 1':<26}{ratio['median']:>20.2f}{1:>18.2f}{spread}")
-    text.append(f"{'max parameter difference':<26}{difference:>20g}  ({verdict})")
-    return "\n".join(text)
+    rows = []
+    for who, side in record["sides"].items():
+        bits = "" if who == "sb3" else "identical to SB3's" if side["same_bits_as_sb3"] else "others"
+        rows.append((side["title"], _returns(side), f"{side['seconds']:.1f}", _speed(side), bits))
+    episodes = record["sides"]["sb3"]["returns"]["episodes"]
+    return markdown_table(("", f"return, {episodes} episodes", "training, s", "times as fast", "parameters"), rows)
 
 
-def plot_learning_curve(pair: tuple[Run, Run], path: Path) -> None:
-    """
-    Episode return against environment steps and against wall-clock time.
-
-    :param pair: ScratchPPO's run and SB3's
-    :param path: the PNG to write
-    """
-    mpl.use("Agg")
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    # Okabe and Ito's blue and vermilion; SB3's line is wide, so that ScratchPPO's shows on top where the two coincide
-    styles = ((pair[1], "SB3 PPO", "#D55E00", 5.0, 0.55), (pair[0], "ScratchPPO", "#0072B2", 1.8, 1.0))
-    for run, label, color, width, alpha in styles:
-        steps, seconds, returns = (np.array(column) for column in zip(*run.episodes, strict=True))
-        smooth = _running_mean(returns)
-        for axis, x in ((axes[0], steps / 1000), (axes[1], seconds)):
-            axis.plot(x, returns, ".", color=color, markersize=5, alpha=0.3, markeredgewidth=0)
-            axis.plot(x, smooth, color=color, linewidth=width, alpha=alpha, label=label)
-    _label(axes[0], "environment steps (thousands)")
-    _label(axes[1], "wall-clock time (s)")
-    axes[0].set_ylabel(f"return of training episodes\n(points; lines: mean of {SMOOTHING})")
-    axes[1].legend(loc="lower right", frameon=True)
-    figure.suptitle(f"{ENV_ID}, rl-zoo3's hyperparameters, seed {pair[0].model.seed}", fontsize=13)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def _returns(figures: Record) -> str:
+    return f"{figures['returns']['mean']:.1f} ± {figures['returns']['std']:.1f}"
 
 
-def _label(axis: Axes, xlabel: str) -> None:
-    axis.set_xlabel(xlabel)
-    axis.set_xlim(left=0)
-    axis.set_ylim(0, 515)
-    axis.grid(alpha=0.25)
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of each value and up to ``SMOOTHING - 1`` before it."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(last - SMOOTHING, 0)
-    return (total[last] - total[first]) / (last - first)
-
-
-def write_results(pairs: list[tuple[Run, Run]], record: Record, options: argparse.Namespace) -> list[Path]:
-    """
-    Write the first pair's learning curve and models, and the record of all pairs.
-
-    :param pairs: what :func:`run_pairs` returned
-    :param record: from :func:`make_record`
-    :param options: see :func:`parse_options`
-    :return: the files written
-    """
-    options.out.mkdir(parents=True, exist_ok=True)
-    curve, figures = options.out / "learning_curve.png", options.out / "record.json"
-    models = options.out / "scratch_ppo.zip", options.out / "sb3_ppo.zip"
-    plot_learning_curve(pairs[0], curve)
-    write_json(figures, record)
-    for path, run in zip(models, pairs[0], strict=True):
-        run.model.save(path)
-    written = [curve, figures, *models]
-    if options.save_result is not None:
-        for source in (curve, figures):
-            target = RESULTS / f"{options.save_result}{source.suffix}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            written.append(Path(shutil.copyfile(source, target)))
-    return written
+def _speed(figures: Record) -> str:
+    ratio = figures["ratio"]
+    spread = "" if ratio["min"] == ratio["max"] else f" ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return f"{ratio['median']:.2f}{spread}"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -301,39 +173,32 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for this process's own
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cartpole", description="ScratchPPO beside SB3's PPO on CartPole-v1"
-    )
-    parser.add_argument(
-        "--timesteps", type=float, default=load_task(ENV_ID).n_timesteps, help="environment steps (%(default)g)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first pair; the next ones count on (%(default)s)")
-    parser.add_argument("--engine", choices=ENGINE_NAMES, default="torch", help="ScratchPPO's engine (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=1, help="how often to train both, in turns (%(default)s)")
-    parser.add_argument("--eval-episodes", type=int, default=100, help="per trained model (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/cartpole"), help="folder for what is written (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads, for both (%(default)s)")
-    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
-    parser.add_argument("--save-result", metavar="NAME", help="write record and curve to benchmarks/results/NAME.* as well")
-    options = parser.parse_args(arguments)
-    for name in ("timesteps", "pairs", "eval_episodes", "threads"):
-        if not getattr(options, name) >= 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
-    return options
+    shared: dict[str, Any] = {"out": Path("runs/cartpole"), "seed": 0, "rounds": 1, "save_result": None}
+    parser = command_line("benchmarks.cartpole", "ScratchPPO beside SB3's PPO on CartPole-v1", **shared)
+    parser.add_argument("--timesteps", type=number(float, 1), default=ENTRY.timesteps, help="environment steps (%(default)g)")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Run the benchmark of the command line."""
+def main() -> int:
+    """Run the benchmark of the command line. Returns 1 if the reference's bits were not SB3's."""
     options = parse_options()
-    th.set_num_threads(options.threads)
-    pairs = run_pairs(options)
-    record = make_record(pairs, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs = run_all(options)
+    record = make_record(runs, options)
+    curves, figures = options.out / "learning_curve.png", options.out / "record.json"
+    titles = {side: figures_of["title"] for side, figures_of in record["sides"].items()}
+    plot_curves({ENV_ID: runs}, [(ENV_ID, "steps"), (ENV_ID, "seconds")], curves, columns=2, titles=titles)
+    write_json(figures, record)
     print(f"\n{table(record)}\n")
-    for path in write_results(pairs, record, options):
+    for path in (curves, figures, *options.out.glob("*.zip"), *save_result(options.save_result, [curves, figures])):
         print(f"wrote {path}")
     if options.save_result is not None:
         print(f"\nfor the README: {summary(record)}")
+    if not record["sides"]["reference"]["same_bits_as_sb3"]:
+        print("\nthe reference did not end with SB3's parameters, as it must", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,15 +23,15 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from benchmarks.comparison.one_run import PROGRESS
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import read_run, record_path
-from benchmarks.options import number
-from benchmarks.record import ROOT
+from benchmarks.options import command_line, number
+from benchmarks.record import ROOT, with_threads
 
 __all__ = ["Order", "RunFailed", "Runner", "main", "parse_options", "plan"]
 
@@ -102,11 +102,10 @@ class Runner:
             self._running.pop(order, None)
 
     def _run(self, order: Order) -> float:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with subprocess.Popen(
             self._command(order),
             cwd=ROOT,
-            env=os.environ | threads,
+            env=with_threads(1),
             stdout=subprocess.PIPE,  # if this process dies, the run notices when it prints its next evaluation
             stderr=subprocess.STDOUT,
             text=True,
@@ -189,19 +188,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for this process's own
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description="train SB3's PPO and ScratchPPO side by side, and keep records"
-    )
+    shared: dict[str, Any] = {"out": Path("runs/compare"), "scale": 1.0, "progress": True}
+    parser = command_line("benchmarks.compare", "train SB3's PPO and ScratchPPO side by side, and keep records", **shared)
     at_least_1 = number(int, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--only", action="append", choices=PROTOCOL, help="this entry (may be given several times)")
     parser.add_argument("--side", action="append", choices=SIDES, help="only this side (may be given several times)")
     parser.add_argument("--seeds", type=at_least_1, help="at most so many of an entry's seeds")
-    parser.add_argument("--scale", type=number(float, 1e-9), default=1.0, help="share of the steps, for a quick look")
     parser.add_argument("--jobs", type=at_least_1, default=cores, help="runs at a time (%(default)s, the cores)")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records (%(default)s)")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and run nothing")
-    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress bar")
     return parser.parse_args(arguments)
 
 

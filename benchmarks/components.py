@@ -2,29 +2,33 @@
 What each part of an iteration costs: acting, storing, advantages, drawing minibatches, a minibatch's step, the optimizer.
 
 ScratchPPO's engines beside SB3's PPO, all in one process and in turns, on real rollouts of a case of
-:mod:`benchmarks.cases`. ``make components`` runs it; ``python -m benchmarks.components --help`` lists the options.
+:mod:`benchmarks.cases`. ``make components`` runs it; ``python -m benchmarks.components --help`` lists the options. What the
+exact KL costs, by updates with and without the behaviour policy's distribution in the data set::
+
+    python -m benchmarks.components --only kl --rounds 41 --out benchmarks/results/kl_cost.json
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from benchmarks.cases import CASES, Case, Contestant, build, missing, scaled
+from benchmarks.markdown import markdown_table
+from benchmarks.options import command_line
 from benchmarks.record import provenance, write_json
-from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.engines.reference.optimizer import ClippedStep, FusedStep
+from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
+from sb3_ppo_from_scratch.engines.channels_last.engine import fused_adam
 
 Timings = dict[str, dict[str, float]]
 """Per part, per contestant: microseconds."""
@@ -106,22 +110,16 @@ def optimizers(policy: ActorCriticPolicy, n_steps: int) -> dict[str, Callable[[]
     for parameter in parameters:
         parameter.grad = th.randn_like(parameter)
 
-    finite_loss = th.zeros(())
-
-    def inside(kind: type[ClippedStep]) -> Callable[[], object]:
-        def steps() -> None:
-            with kind(policy, 0.5) as optimizer:
-                for _ in range(n_steps):
-                    optimizer.step(finite_loss)
-
-        return steps
-
-    def as_sb3_does() -> None:
+    def steps() -> None:
         for _ in range(n_steps):
             th.nn.utils.clip_grad_norm_(parameters, 0.5)
             policy.optimizer.step()
 
-    return {"SB3 PPO": as_sb3_does, "ClippedStep": inside(ClippedStep), "FusedStep": inside(FusedStep)}
+    def fused() -> None:
+        with fused_adam(policy.optimizer):
+            steps()
+
+    return {"SB3 PPO, and torch": steps, "channels_last": fused}
 
 
 def measure(case: Case, threads: int, rounds: int) -> Timings:
@@ -163,31 +161,69 @@ def table(title: str, timings: Timings) -> str:
     :param title: of the case
     :param timings: from :func:`measure`
     """
-    lines = [f"**{title}**", "", "| part | by | µs | times SB3 |", "|---|---|---|---|"]
-    for part, by_whom in timings.items():
-        sb3 = by_whom["SB3 PPO"]
-        lines += [f"| {part} | {who} | {value:,.1f} | {sb3 / value:.2f} |" for who, value in by_whom.items()]
-    return "\n".join(lines)
+    rows = [
+        (part, who, f"{value:,.1f}", f"{by_whom['SB3 PPO'] / value:.2f}")
+        for part, by_whom in timings.items()
+        for who, value in by_whom.items()
+    ]
+    return f"**{title}**\n\n{markdown_table(('part', 'by', 'µs', 'times SB3'), rows)}"
+
+
+KL_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "CartPole-v1, the zoo's sizes": ("CartPole-v1", {"n_steps": 32, "batch_size": 256, "n_epochs": 20}),
+    "CartPole-v1, one epoch": ("CartPole-v1", {"n_steps": 256, "batch_size": 256, "n_epochs": 1}),
+    "Pendulum-v1, the default sizes": ("Pendulum-v1", {"n_steps": 256, "batch_size": 64, "n_epochs": 10}),
+}
+"""Environments and sizes of rollouts and minibatches for :func:`kl_cost`."""
+
+
+def kl_cost(env_id: str, sizes: dict[str, int], rounds: int) -> dict[str, float]:
+    """
+    :param env_id: registered environment, eight copies of it
+    :param sizes: of the rollout and the minibatch
+    :param rounds: updates timed with the KL, and as many without
+    :return: median, minimum and maximum of the ratio of the two times
+    """
+    th.set_num_threads(1)
+    model = ScratchPPO("MlpPolicy", make_vec_env(env_id, 8, seed=0), seed=0, device="cpu", engine="torch", **sizes)  # type: ignore[arg-type]
+    model.learn(2 * sizes["n_steps"] * 8)
+    buffer = model.rollout_buffer
+    assert isinstance(buffer, ScratchRolloutBuffer)
+    kept, ratios = buffer.dist_params, []
+    for _ in range(rounds):
+        seconds = []
+        for dist_params in (kept, None):
+            buffer.dist_params = dist_params
+            start = time.perf_counter()
+            model.train()
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def kl_table(ratios: dict[str, dict[str, float]]) -> str:
+    """As a table in Markdown."""
+    rows = [(name, f"{each['median']:.3f} ({each['min']:.3f} to {each['max']:.3f})") for name, each in ratios.items()]
+    return f"**The exact KL**\n\n{markdown_table(('update', 'time with it, without it = 1'), rows)}"
 
 
 def main() -> None:
     """Measure what the command line asks for, print it, and save it if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.components", description="what each part of PPO costs")
-    parser.add_argument("--only", action="append", choices=CASES, help="this case (may be given several times)")
-    parser.add_argument("--rounds", type=int, default=9, help="of which the median counts (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="for convolutions; small networks get 1 (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    shared: dict[str, Any] = {"rounds": 9, "threads": 2, "out": None}
+    parser = command_line("benchmarks.components", "what each part of PPO costs", **shared)
+    parser.add_argument("--only", action="append", choices=[*CASES, "kl"], help="this case (may be given several times)")
     options = parser.parse_args()
-    for name in ("rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
-    results = {}
-    for name in options.only or CASES:
+    wanted, record = options.only or [*CASES, "kl"], {**provenance("benchmarks.components"), "rounds": options.rounds}
+    for name in [name for name in CASES if name in wanted]:
         case = CASES[name]
-        results[name] = measure(case, options.threads if case.parallel else 1, options.rounds)
-        print(f"{table(case.title, results[name])}\n", flush=True)
+        timings = measure(case, options.threads if case.parallel else 1, options.rounds)
+        record.setdefault("microseconds", {})[name] = timings
+        print(f"{table(case.title, timings)}\n", flush=True)
+    if "kl" in wanted:
+        record["update_time_ratio"] = {name: kl_cost(*case, options.rounds) for name, case in KL_SIZES.items()}
+        print(f"{kl_table(record['update_time_ratio'])}\n", flush=True)
     if options.out is not None:
-        write_json(options.out, {**provenance("benchmarks.components"), "rounds": options.rounds, "microseconds": results})
+        write_json(options.out, record)
         print(f"wrote {options.out}")
 
 

@@ -10,6 +10,10 @@ are not committed; the last two train one anew and show it::
     python -m benchmarks.compare --only CartPole-v1 --side fast --seeds 1 --out runs/compare
     python -m benchmarks.episode --entry CartPole-v1 --every 2 --results runs/compare
 
+Any agent's file will do, too, with the entry that says how it plays::
+
+    python -m benchmarks.episode --entry Breakout-10M --agent runs/breakout/model.zip --every 4 --out runs/breakout
+
 Beside the GIF stands a JSON file with the agent's weights' checksum, which the record of its training names too.
 """
 
@@ -19,23 +23,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch as th
 from PIL import Image, ImageDraw
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from benchmarks.comparison.one_run import evaluation_env, weights_digest
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import model_path, record_path
-from benchmarks.evaluation import EVALUATION_SEED
-from benchmarks.options import number
+from benchmarks.evaluation import EVALUATION_SEED, evaluate
+from benchmarks.options import command_line, number
 from benchmarks.record import RESULTS, provenance, write_json
 from sb3_ppo_from_scratch import ScratchPPO
 
-__all__ = ["Episode", "main", "play", "write_gif"]
+__all__ = ["Camera", "Episode", "load_agent", "main", "parse_options", "play", "write_gif"]
 
 _CAPTION_HEIGHT = 16
 
@@ -49,23 +53,44 @@ class Episode(NamedTuple):
     """return of the whole episode; on Atari of the game with its raw rewards"""
 
 
-def play(model: BaseAlgorithm, env: VecEnv, deterministic: bool) -> Episode:
+class Camera(VecEnvWrapper):
+    """
+    Takes a picture before every step.
+
+    :param venv: one environment that renders RGB arrays
+    """
+
+    def __init__(self, venv: VecEnv):
+        super().__init__(venv)
+        self.frames: list[np.ndarray] = []
+
+    def reset(self) -> VecEnvObs:
+        """Begin an episode, and a film."""
+        self.frames = []
+        return self.venv.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Take the picture, and the step."""
+        self.frames.append(np.asarray(self.venv.get_images()[0]))
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Pass on what came of it."""
+        return self.venv.step_wait()
+
+
+def play(model: BaseAlgorithm, env: VecEnv, deterministic: bool, seed: int = EVALUATION_SEED) -> Episode:
     """
     One episode, from its first state to its end as ``Monitor`` knows it.
 
     :param model: who plays
     :param env: one environment that renders RGB arrays
     :param deterministic: whether it takes its most probable actions
+    :param seed: of the environment
     """
-    env.seed(EVALUATION_SEED)
-    th.manual_seed(EVALUATION_SEED)
-    observation, frames = env.reset(), []
-    while True:
-        frames.append(np.asarray(env.get_images()[0]))
-        action, _ = model.predict(observation, deterministic=deterministic)  # type: ignore[arg-type]  # no tuple
-        observation, _, _, infos = env.step(action)
-        if "episode" in infos[0]:
-            return Episode(frames, float(infos[0]["episode"]["r"]))
+    camera = Camera(env)
+    games = evaluate(model, camera, 1, deterministic, seed)
+    return Episode(camera.frames, games.returns[0])
 
 
 def write_gif(frames: list[np.ndarray], path: Path, caption: str, seconds_per_frame: float, width: int) -> None:
@@ -92,40 +117,68 @@ def _captioned(frame: np.ndarray, caption: str, width: int) -> Image.Image:
     return picture.quantize(32, dither=Image.Dither.NONE)
 
 
-def main() -> None:
-    """Play the agent of the command line, and write the GIF."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.episode", description="an episode of a trained agent as a GIF")
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Read the command line.
+
+    :param arguments: ``None`` for this process's own
+    """
+    shared: dict[str, Any] = {"seed": 0, "results": RESULTS / "compare", "out": None}
+    parser = command_line("benchmarks.episode", "an episode of a trained agent as a GIF", **shared)
     parser.add_argument("--entry", choices=PROTOCOL, required=True, help="of the comparison's protocol")
     parser.add_argument("--side", choices=SIDES, default="fast", help="who trained it (%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of its training (%(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS / "compare", help="benchmarks.compare's --out (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the GIF (that of the records)")
+    parser.add_argument("--agent", type=Path, help="a file of your own, in place of the entry's agent of that side and seed")
+    parser.add_argument("--game", type=number(int, 0), default=EVALUATION_SEED, help="seed of the environment (%(default)s)")
     parser.add_argument("--every", type=number(int, 1), default=1, help="show each so many-th step (%(default)s)")
+    parser.add_argument("--start", type=number(int, 0), default=0, help="the first step to show (%(default)s)")
     parser.add_argument("--max-frames", type=number(int, 1), default=300, help="show at most so many frames (%(default)s)")
     parser.add_argument("--width", type=number(int, 16), default=240, help="in pixels (%(default)s)")
-    options = parser.parse_args()
-    entry, where = PROTOCOL[options.entry], (options.results, options.entry, options.side, options.seed)
-    if entry.task().normalize is not None:
+    options = parser.parse_args(arguments)
+    if PROTOCOL[options.entry].task().normalize is not None:
         parser.error(f"--entry must be one without VecNormalize, whose statistics are not kept, not {options.entry}")
-    if not model_path(*where).exists():
-        sys.exit(
-            f"episode: there is no {model_path(*where)}, for agents are not committed; train one by benchmarks.compare with "
-            "an --out of yours, and give that as --results"
+    return options
+
+
+def load_agent(options: argparse.Namespace) -> tuple[ScratchPPO, dict[str, Any]]:
+    """
+    The agent of the command line, and what is known of it.
+
+    :param options: see :func:`parse_options`
+    :raises ValueError: if there is none, or if it is not the one that its record is about
+    """
+    where = (options.results, options.entry, options.side, options.seed)
+    path = options.agent or model_path(*where)
+    if not path.exists():
+        raise ValueError(
+            f"there is no {path}, for agents are not committed; train one by benchmarks.compare with an --out of yours, and "
+            "give that as --results"
         )
-    trained, model = json.loads(record_path(*where).read_text(encoding="utf-8")), ScratchPPO.load(model_path(*where))
-    if weights_digest(model) != trained["weights_sha256"]:
-        sys.exit(f"episode: {model_path(*where)} is not the agent of {record_path(*where)}: their weights differ")
-    episode = play(model, evaluation_env(entry, 1, "rgb_array"), entry.deterministic)
-    frames = episode.frames[:: options.every][: options.max_frames]
+    model = ScratchPPO.load(path)
+    digest = weights_digest(model)
+    if options.agent is not None:
+        return model, {"file": path.name, "entry": options.entry, "timesteps": model.num_timesteps, "weights_sha256": digest}
+    trained = json.loads(record_path(*where).read_text(encoding="utf-8"))
+    if digest != trained["weights_sha256"]:
+        raise ValueError(f"{path} is not the agent of {record_path(*where)}: their weights differ")
+    return model, {key: trained[key] for key in ("entry", "side", "seed", "timesteps", "engine", "weights_sha256")}
+
+
+def main() -> None:
+    """Play the agent of the command line, and write the GIF."""
+    options = parse_options()
+    try:
+        model, told = load_agent(options)
+    except ValueError as error:
+        sys.exit(f"episode: {error}")
+    entry = PROTOCOL[options.entry]
+    episode = play(model, evaluation_env(entry, 1, "rgb_array"), entry.deterministic, options.game)
+    frames = episode.frames[options.start :: options.every][: options.max_frames]
     gif = (options.out or options.results) / f"{options.entry}.gif"
-    whole = len(episode.frames) <= options.every * options.max_frames
+    whole = len(episode.frames) <= options.start + options.every * options.max_frames
     caption = f"{entry.env_id}, return {episode.score:g}{'' if whole else ' at the end'}"
     write_gif(frames, gif, caption, 0.04 if options.every > 1 else 0.06, options.width)
-    told = {key: trained[key] for key in ("entry", "side", "seed", "timesteps", "engine", "weights_sha256")}
-    write_json(
-        gif.with_suffix(".json"),
-        {**provenance("benchmarks.episode"), "agent": told, "return": episode.score, "steps": len(episode.frames)},
-    )
+    record = {"agent": told, "game": options.game, "return": episode.score, "steps": len(episode.frames)}
+    write_json(gif.with_suffix(".json"), {**provenance("benchmarks.episode"), **record})
     print(f"wrote {gif}: {len(frames)} of {len(episode.frames)} steps, return {episode.score:g}")
 
 

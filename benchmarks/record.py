@@ -6,15 +6,17 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch as th
 
-__all__ = ["RESULTS", "ROOT", "provenance", "write_json"]
+__all__ = ["RESULTS", "ROOT", "provenance", "save_result", "with_threads", "write_json"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,6 +50,26 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save_result(name: str | None, sources: Iterable[Path]) -> list[Path]:
+    """
+    Copy what a benchmark wrote to ``benchmarks/results/``, for the README.
+
+    :param name: of the copies, which keep their endings; ``None`` for no copies
+    :param sources: the files
+    :return: the copies
+    """
+    if name is None:
+        return []
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(source, RESULTS / f"{name}{source.suffix}")) for source in sources]
+
+
+def with_threads(n_threads: int) -> dict[str, str]:
+    """Environment variables for a child process whose torch and matrix libraries have so many threads."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(n_threads))
 
 
 def _commit() -> str | None:

@@ -8,14 +8,15 @@ Tables and pictures of the comparison with SB3's PPO, from the records of :mod:`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison.figures import plot_curves, plot_differences
 from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.comparison.records import Records, load_records
 from benchmarks.comparison.tables import headline, report
+from benchmarks.options import command_line
 from benchmarks.record import RESULTS
 
 __all__ = ["HEADLINE_ENTRIES", "main", "write_report"]
@@ -41,10 +42,10 @@ def write_report(records: Records, out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     headline_png, differences, steps, seconds = (out / name for name in _FIGURES)
-    plot_curves(records, HEADLINE_ENTRIES, headline_png, "seconds")
+    plot_curves(records, [(name, "seconds") for name in HEADLINE_ENTRIES], headline_png)
     plot_differences(records, differences)
-    plot_curves(records, list(PROTOCOL), steps, "steps")
-    plot_curves(records, list(PROTOCOL), seconds, "seconds")
+    plot_curves(records, [(name, "steps") for name in PROTOCOL], steps)
+    plot_curves(records, [(name, "seconds") for name in PROTOCOL], seconds)
     text = out / "report.md"
     text.write_text(report(records, _FIGURES.items()), encoding="utf-8")
     return [text, headline_png, differences, steps, seconds]
@@ -52,11 +53,8 @@ def write_report(records: Records, out: Path) -> list[Path]:
 
 def main() -> None:
     """Write the report of the command line's records, and print the headline."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="tables and pictures of what benchmarks.compare kept"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS / "compare", help="folder of records (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write to (that of the records)")
+    shared: dict[str, Any] = {"results": RESULTS / "compare", "out": None}
+    parser = command_line("benchmarks.report", "tables and pictures of what benchmarks.compare kept", **shared)
     options = parser.parse_args()
     try:
         records = load_records(options.results)

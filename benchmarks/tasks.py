@@ -10,7 +10,7 @@ from rl_zoo3.utils import SimpleLinearSchedule
 
 from benchmarks.record import ROOT
 
-__all__ = ["HYPERPARAMETERS", "Task", "load_task"]
+__all__ = ["HYPERPARAMETERS", "Task", "load_task", "schedule"]
 
 HYPERPARAMETERS = ROOT / "hyperparams" / "scratch_ppo.yml"
 _OF_THE_ENVIRONMENT = ("env_wrapper", "frame_stack")
@@ -27,6 +27,23 @@ class Task(NamedTuple):
     normalize: dict[str, Any] | None = None
     """Arguments of the ``VecNormalize`` around the environments; ``None`` for no such wrapper."""
 
+    def described(self) -> dict[str, Any]:
+        """All that learning depends on, as JSON has it; schedules as the hyperparameter file writes them."""
+        named = {"policy": self.policy, "n_envs": self.n_envs, "normalize": self.normalize, **self.arguments}
+        return {
+            name: f"lin_{value.initial_value:g}" if isinstance(value, SimpleLinearSchedule) else value
+            for name, value in named.items()
+        }
+
+
+def schedule(text: str) -> SimpleLinearSchedule:
+    """
+    What rl-zoo3 makes of ``lin_x``: from x to zero.
+
+    :param text: such as ``"lin_2.5e-4"``
+    """
+    return SimpleLinearSchedule(text.removeprefix("lin_"))
+
 
 def load_task(name: str) -> Task:
     """
@@ -41,7 +58,7 @@ def load_task(name: str) -> Task:
         normalize["gamma"] = entry["gamma"]
     for key, value in entry.items():
         if isinstance(value, str) and value.startswith("lin_"):
-            entry[key] = SimpleLinearSchedule(value.removeprefix("lin_"))
+            entry[key] = schedule(value)
     if "policy_kwargs" in entry:
         entry["policy_kwargs"] = _plain_dict(entry["policy_kwargs"])
     arguments = {key: value for key, value in entry.items() if key not in _OF_THE_ENVIRONMENT}

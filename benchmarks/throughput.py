@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,13 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
-from benchmarks.options import number
-from benchmarks.record import RESULTS, ROOT, provenance, write_json
+from benchmarks.drawing import BLUE, GREY, VERMILION, save_figure, subplots
+from benchmarks.markdown import markdown_table
+from benchmarks.options import command_line, number
+from benchmarks.record import ROOT, provenance, save_result, with_threads, write_json
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
 Record = dict[str, Any]
@@ -40,7 +38,6 @@ IMPORTS = {
     "sb3": "import stable_baselines3; from stable_baselines3 import PPO",
     "scratch": "import sb3_ppo_from_scratch",
 }
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's, for all kinds of eyes
 
 
 # --------------------------------------------------------------------- running
@@ -58,12 +55,8 @@ def run(case: str, contestant: Contestant, options: argparse.Namespace, **order:
     :raises RuntimeError: if it failed
     """
     order |= {"case": case, "contestant": asdict(contestant), "scale": options.scale, "started": time.time()}
-    threads = str(contestant.threads)
-    # OpenBLAS chooses its kernels itself, as it does for a user, whatever it is told on the machine that measures
-    inherited = {name: value for name, value in os.environ.items() if name not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    environment = inherited | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     command = [sys.executable, "-m", "benchmarks.timed_run", json.dumps(order)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=with_threads(contestant.threads), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{contestant.title} on {contestant.envs} failed on {case}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -169,8 +162,7 @@ def table(record: Record) -> str:
     lines = []
     for case in record["cases"].values():
         lines += [f"**{case['title']}, {case['timesteps']:,} steps**", ""]
-        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in case["contestants"]]
+        lines.append(markdown_table(columns, map(_cells, case["contestants"])))
         lines += [f"\nLeft out: {who} {why}." for who, why in case["skipped"].items()]
         lines.append("")
     if "imports" in record:
@@ -199,15 +191,15 @@ def summary(record: Record) -> str:
 
     :param record: from :func:`make_record`
     """
-    lines = ["| training | engine | environments | times as fast as SB3 | memory, SB3 = 1 |", "|---|---|---|---|---|"]
+    columns, rows = ("training", "engine", "environments", "times as fast as SB3", "memory, SB3 = 1"), []
     for case in record["cases"].values():
         sb3, *others = case["contestants"]
         for row in others:
             ratio, memory = row["ratio"], row["peak_memory_mib"] / sb3["peak_memory_mib"]
             engine = f"`{row['engine']}`" + ("" if row["precision"] == "fp32" else f" {row['precision']}")
             speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-            lines.append(f"| {case['title']} | {engine} | {row['envs']} | {speed} | {memory:.2f} |")
-    return "\n".join(lines)
+            rows.append((case["title"], engine, row["envs"], speed, f"{memory:.2f}"))
+    return markdown_table(columns, rows)
 
 
 def plot(record: Record, path: Path) -> None:
@@ -217,18 +209,13 @@ def plot(record: Record, path: Path) -> None:
     :param record: from :func:`make_record`
     :param path: the PNG to write
     """
-    mpl.use("Agg")
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     cases = record["cases"].values()
     heights = [len(case["contestants"]) + 1.5 for case in cases]
-    figure, axes = plt.subplots(
-        len(heights), 1, figsize=(9, 0.45 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(len(heights), 1, (9, 0.45 * sum(heights)), heights)
     for axis, case in zip(axes.flat, cases, strict=True):
         _plot_case(axis, case)
     figure.supxlabel("times as fast as SB3's PPO (median; lines: smallest and largest; diamonds: the floor)", fontsize=11)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _plot_case(axis: Axes, case: Record) -> None:
@@ -236,9 +223,9 @@ def _plot_case(axis: Axes, case: Record) -> None:
     sb3_seconds = statistics.median(rows[0]["seconds"])
     for y, row in enumerate(rows):
         ratio = row["ratio"]
-        axis.barh(y, ratio["median"], color=_VERMILION if row["engine"] == "sb3" else _BLUE)
+        axis.barh(y, ratio["median"], color=VERMILION if row["engine"] == "sb3" else BLUE)
         axis.plot([ratio["min"], ratio["max"]], [y, y], color="black", linewidth=1)
-        axis.plot(sb3_seconds / sum(row["floor_seconds"].values()), y, "D", color=_GREY, markersize=5)
+        axis.plot(sb3_seconds / sum(row["floor_seconds"].values()), y, "D", color=GREY, markersize=5)
     axis.set_yticks(range(len(rows)), [f"{row['title']}, {row['envs']}" for row in rows])
     axis.invert_yaxis()
     axis.set_title(case["title"], loc="left", fontsize=11)
@@ -281,11 +268,7 @@ def write_results(record: Record, options: argparse.Namespace) -> list[Path]:
     if record["cases"]:
         plot(record, chart)
         written.append(chart)
-    if options.save_result is not None:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        copies = [RESULTS / f"{options.save_result}{source.suffix}" for source in written if source != text]
-        written += [Path(shutil.copyfile(options.out / f"throughput{copy.suffix}", copy)) for copy in copies]
-    return written
+    return written + save_result(options.save_result, [path for path in written if path != text])
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -294,24 +277,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for this process's own
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description="the speed of ScratchPPO's engines beside SB3's PPO"
-    )
-    at_least_1, positive = number(int, 1), number(float, 1e-9)
+    shared: dict[str, Any] = {"out": Path("runs/throughput"), "scale": 1.0, "seed": 0, "threads": 2, "save_result": None}
+    parser = command_line("benchmarks.throughput", "the speed of ScratchPPO's engines beside SB3's PPO", **shared)
     parser.add_argument(
-        "--pairs", type=at_least_1, default=5, help="rounds, in each of which everybody runs once (%(default)s)"
+        "--pairs", type=number(int, 1), default=5, help="rounds, in each of which everybody runs once (%(default)s)"
     )
     parser.add_argument("--only", action="append", choices=[*CASES, "import"], help="this case (may be given several times)")
     parser.add_argument(
         "--engine", action="append", choices=ENGINE_NAMES[1:], help="only this one (may be given several times)"
     )
-    parser.add_argument("--scale", type=positive, default=1.0, help="share of the steps, for a quick look (%(default)g)")
-    parser.add_argument("--threads", type=at_least_1, default=2, help="for convolutions; small networks get 1 (%(default)s)")
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the first round; the next ones count on (%(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written (%(default)s)")
-    parser.add_argument("--save-result", metavar="NAME", help="write record and figure to benchmarks/results/NAME.* as well")
     return parser.parse_args(arguments)
 
 

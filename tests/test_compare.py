@@ -22,10 +22,13 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 from benchmarks import compare, report
 from benchmarks.cases import build
+from benchmarks.catch import ENV_ID
 from benchmarks.comparison import figures, inference, one_run, tables
 from benchmarks.comparison import records as records_module
 from benchmarks.comparison.protocol import PROTOCOL, Entry
 from benchmarks.comparison.records import load_records, read_run, record_path, write_record
+from benchmarks.drawing import save_figure, subplots
+from benchmarks.evaluation import Evaluation
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tasks import HYPERPARAMETERS
 
@@ -39,16 +42,17 @@ COMMITTED = RESULTS / "compare"
 @pytest.mark.parametrize("entry", PROTOCOL.values(), ids=PROTOCOL)
 def test_tasks_are_what_the_zoo_makes_of_its_file(entry: Entry) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        zoo = ExperimentManager(argparse.Namespace(), "ppo", entry.env_id, "", config=str(HYPERPARAMETERS))
+        env_id = "BreakoutNoFrameskip-v4" if entry.hyperparameters == "atari" else entry.env_id  # the zoo's file has no Catch
+        zoo = ExperimentManager(argparse.Namespace(), "ppo", env_id, "", config=str(HYPERPARAMETERS))
         theirs: dict[str, Any] = zoo._preprocess_hyperparams(zoo.read_hyperparameters()[0])[0]
     ours = entry.task()
-    assert zoo.deterministic_eval is entry.deterministic
+    assert entry.env_id == ENV_ID or zoo.deterministic_eval is entry.deterministic
     assert (zoo.n_envs, zoo.n_timesteps) == (ours.n_envs, ours.n_timesteps)
     assert ours.normalize == (zoo.normalize_kwargs if zoo.normalize else None)
     assert ours.policy == theirs.pop("policy")
     for name, value in {**theirs, **entry.overrides}.items():
         assert _at(ours.arguments[name], 0.3) == _at(value, 0.3), name
-    assert ours.arguments.keys() == theirs.keys()
+    assert ours.arguments.keys() == theirs.keys() | entry.overrides.keys()
 
 
 def _at(value: Any, progress: float) -> Any:
@@ -88,11 +92,11 @@ def test_the_same_initial_states_for_every_side() -> None:
 
 
 def test_the_time_of_evaluations_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(self: one_run.Evaluations, episodes: int) -> list[float]:
+    def slow(*_: Any) -> Evaluation:
         time.sleep(0.2)
-        return [0.0]
+        return Evaluation([0.0], [1])
 
-    monkeypatch.setattr(one_run.Evaluations, "_returns", slow)
+    monkeypatch.setattr(one_run, "evaluate", slow)
     start = time.perf_counter()
     _, measured = one_run.train(TINY, "fast", 0, 256)
     assert measured["evaluations"][-1]["seconds"] < time.perf_counter() - start - 0.6
@@ -100,7 +104,7 @@ def test_the_time_of_evaluations_does_not_count(monkeypatch: pytest.MonkeyPatch)
 
 def test_normalization_is_that_of_training() -> None:
     entry = dataclasses.replace(PROTOCOL["Acrobot-v1"], evaluations=1, episodes=1, final_episodes=1)
-    callback = one_run.Evaluations(entry, 512)
+    callback = one_run.Evaluations(entry, 512, one_run.print_progress)
     model = build(entry.case(), entry.sides["fast"], 0).learn(512, callback=callback)
     callback.evaluate(1)
     training = model.get_vec_normalize_env()
@@ -115,7 +119,8 @@ def test_normalization_is_that_of_training() -> None:
 
 def a_run(seed: int = 0, score: float = 100.0, side: str = "sb3", **changes: Any) -> dict[str, Any]:
     """A record as ``one_run`` writes it: two evaluations of two episodes."""
-    entry = "CartPole-v1"
+    entry = changes.get("entry", "CartPole-v1")
+    contestant = PROTOCOL[entry].sides[side]
     rows = [
         {"timesteps": steps, "seconds": seconds, "cpu_seconds": seconds, "returns": [mean - 1, mean + 1]}
         for steps, seconds, mean in ((0, 0.0, 20.0), (100_000, 10.0 if side == "sb3" else 2.0, score))
@@ -127,12 +132,13 @@ def a_run(seed: int = 0, score: float = 100.0, side: str = "sb3", **changes: Any
         "seed": seed,
         "timesteps": PROTOCOL[entry].timesteps,
         "margin": PROTOCOL[entry].margin,
+        "hyperparameters": PROTOCOL[entry].task().described(),
         "evaluations": rows,
         "last_training_returns": [score - 10],
         "weights_sha256": f"{side} {seed}",
-        "engine": {"fast": "numpy", "native": "numpy"}.get(side, side),
-        "precision": "fp32",
-        "envs": "dummy",
+        "engine": contestant.engine,
+        "precision": contestant.precision,
+        "envs": contestant.envs,
         **made,
         **changes,
     }
@@ -159,6 +165,64 @@ def test_a_margin_is_not_changed_after_the_runs(tmp_path: Path) -> None:
     keep(tmp_path, a_run(margin=30.0))
     with pytest.raises(ValueError, match=r"sb3_0\.json was run under the margin 30\.0, not the protocol's 25\.0"):
         load_records(tmp_path)
+
+
+HYPERPARAMETERS_OF_CARTPOLE = PROTOCOL["CartPole-v1"].task().described()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engine": "warp"}, "engine 'warp', not the protocol's 'numpy'"),
+        ({"precision": "bf16"}, "precision 'bf16', not the protocol's 'fp32'"),
+        ({"envs": "native"}, "envs 'native', not the protocol's 'dummy'"),
+        (
+            {"hyperparameters": HYPERPARAMETERS_OF_CARTPOLE | {"gamma": 0.5}},
+            "hyperparameter gamma 0.5, not the protocol's 0.98",
+        ),
+        (
+            {"hyperparameters": HYPERPARAMETERS_OF_CARTPOLE | {"use_sde": True}},
+            "hyperparameter use_sde True, not the protocol's None",
+        ),
+        (
+            {"hyperparameters": HYPERPARAMETERS_OF_CARTPOLE | {"learning_rate": "lin_0.1"}},
+            "hyperparameter learning_rate 'lin_0.1', not the protocol's 'lin_0.001'",
+        ),
+    ],
+)
+def test_runs_under_other_conditions_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    keep(tmp_path, a_run(side="fast", **changes))
+    with pytest.raises(ValueError, match=rf"fast_0\.json was run under the {re.escape(says)}"):
+        load_records(tmp_path)
+
+
+def test_hyperparameters_are_told_as_the_file_has_them() -> None:
+    told = json.loads(json.dumps(PROTOCOL["CartPole-v1"].task().described()))
+    assert told == PROTOCOL["CartPole-v1"].task().described(), "JSON gives back what it was given"
+    assert (told["learning_rate"], told["n_envs"], told["normalize"]) == ("lin_0.001", 8, None)
+
+
+def test_runs_of_several_commits_are_named(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0), a_run(0, side="fast"))
+    assert "commits**" not in tables.report(load_records(tmp_path), [])
+    keep(tmp_path, a_run(0, side="fast", commit="d" * 40))
+    text = tables.report(load_records(tmp_path), [])
+    assert "- **These runs are of 2 commits**, whose code may differ." in text
+    assert f"1 runs at commit `{'d' * 40}`" in text
+
+
+def test_the_reference_may_stand_for_sb3(tmp_path: Path) -> None:
+    keep(tmp_path, *(a_run(seed, 7.0 + seed / 10, "reference", entry="Catch") for seed in range(8)))
+    keep(tmp_path, *(a_run(seed, 7.1 + seed / 9, "fast", entry="Catch") for seed in range(8)))
+    records = load_records(tmp_path)
+    row = next(line for line in tables.headline(records).splitlines() if line.startswith("| Catch |"))
+    assert (
+        "| 8 | 7.3 [7.2, 7.5], reference | 7.5 [7.3, 7.7], `channels_last` | +0.1 [+0.1, +0.2] | equivalent within ±1.4 |"
+        in row
+    )
+    said = tables.details("Catch", records["Catch"])
+    assert "- ScratchPPO, fast engine: differs from the reference by +0.1" in said
+    assert "In 0 of 0 pairs" in tables.identity(records)
 
 
 def test_runs_of_other_lengths_are_not_mixed(tmp_path: Path) -> None:
@@ -343,12 +407,11 @@ def test_sides_without_a_seed_in_common(runs: list[dict[str, Any]], tmp_path: Pa
     assert "nan" not in text
 
 
-def test_labels_are_the_records(tmp_path: Path) -> None:
-    """Whatever the protocol says by now."""
-    keep(tmp_path, a_run(0), a_run(0, side="fast", engine="warp", precision="fp8", envs="dream"))
+def test_labels_name_engine_precision_and_environments(tmp_path: Path) -> None:
+    keep(tmp_path, a_run(0, entry="Breakout-500k"), a_run(0, side="fast", entry="Breakout-500k"))
     records = load_records(tmp_path)
-    assert "ScratchPPO, fast engine (`warp` fp8, dream)" in tables.details("CartPole-v1", records["CartPole-v1"])
-    assert "`warp`" in tables.headline(records)
+    assert "ScratchPPO, fast engine (`channels_last` bf16, ale)" in tables.details("Breakout-500k", records["Breakout-500k"])
+    assert "`channels_last`" in tables.headline(records)
 
 
 def test_learning_curves_are_means_over_seeds() -> None:
@@ -367,18 +430,18 @@ def test_a_run_that_waited_for_its_core_is_not_compared_by_the_wall_clock() -> N
     sides = {"sb3": {0: waited}, "fast": {0: undisturbed}}
     assert records_module.clock(sides) == "cpu_seconds"
     assert "times as fast: not measured: disturbed" in tables.details("CartPole-v1", sides)
-    _figure, axes = figures._subplots(1, 1, (4, 3))
+    _figure, axes = subplots(1, 1, (4, 3))
     figures._plot_entry(axes[0, 0], "CartPole-v1", sides, "seconds")
     assert axes[0, 0].get_xlabel() == "CPU time of training (s)"
     assert [line.get_xdata()[-1] for line in axes[0, 0].lines[:2]] == [10.0, 2.0]
 
 
 def test_pictures_say_what_has_not_been_run(tmp_path: Path) -> None:
-    figure, axes = figures._subplots(1, 1, (4, 3))
+    figure, axes = subplots(1, 1, (4, 3))
     figures._plot_entry(axes[0, 0], "Breakout-10M", {}, "seconds")
     assert [text.get_text() for text in axes[0, 0].texts] == ["not run yet"]
     assert axes[0, 0].get_title() == "Breakout-10M"
-    figures._save(figure, tmp_path / "empty.png")
+    save_figure(figure, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
 
 

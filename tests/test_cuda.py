@@ -15,7 +15,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from benchmarks.gpu_checks import CHECKS, count_waits, exact_products
+from benchmarks.gpu.checks import CHECKS, count_waits
+from benchmarks.gpu.material import exact_products
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured, unchanged_generator

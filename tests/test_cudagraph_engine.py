@@ -21,13 +21,12 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
+from benchmarks.gpu.material import exact_loss, fill, observe
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, SharedMlpPolicy
-from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.engines import make_engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.losses import ppo_loss
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
@@ -53,30 +52,6 @@ def make_policy(kind: str = "mlp", actions: str = "discrete", **kwargs: Any) -> 
     policy, observations, more = POLICIES[kind]
     th.manual_seed(5)
     return policy(observations, ACTION_SPACES[actions], ConstantSchedule(1e-3), **more, **kwargs)
-
-
-def observe(space: spaces.Space, n_envs: int) -> Any:
-    if isinstance(space, spaces.Dict):
-        samples = [space.sample() for _ in range(n_envs)]
-        return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
-    return np.stack([space.sample() for _ in range(n_envs)])
-
-
-def fill(policy: ActorCriticPolicy, buffer: ScratchRolloutBuffer, seed: int = 7, share_valid: float = 1.0) -> None:
-    """A rollout of random observations and rewards, with what ``policy`` says of them."""
-    rng, space, n_envs = np.random.default_rng(seed), policy.observation_space, buffer.n_envs
-    space.seed(seed)
-    th.manual_seed(seed)
-    buffer.reset()
-    for _ in range(buffer.buffer_size):
-        obs = observe(space, n_envs)
-        step = TorchEngine(policy).act(
-            {k: th.as_tensor(v) for k, v in obs.items()} if isinstance(obs, dict) else th.as_tensor(obs)
-        )
-        valid = rng.random(n_envs) < share_valid
-        reward, start = rng.normal(size=n_envs), rng.random(n_envs) < 0.1
-        buffer.add(obs, step.actions, reward, start, step.values, step.log_probs, step.dist_params, valid)
-    buffer.compute_returns_and_advantage(th.ones(n_envs), np.zeros(n_envs, bool))
 
 
 def make_buffer(policy: ActorCriticPolicy, kind: type[ScratchRolloutBuffer], n_steps: int = 10) -> ScratchRolloutBuffer:
@@ -262,21 +237,7 @@ def test_gradients_in_double_precision() -> None:
     with th.no_grad():
         policy.action_net.bias += 0.1  # so that ratios are not 1
     expected_batch = buffer.rows().take(th.from_numpy(rows))
-    values, distribution = heads(expected_batch.observations)
-    log_prob, entropy = distribution.log_prob(expected_batch.actions.double()), distribution.entropy()
-    expected = ppo_loss(
-        values.flatten(),
-        log_prob,
-        entropy,
-        advantages=normalize_advantages(expected_batch.advantages.double()),
-        returns=expected_batch.returns.double(),
-        old_values=expected_batch.old_values.double(),
-        old_log_prob=expected_batch.old_log_prob.double(),
-        clip_range=0.05,
-        clip_range_vf=0.3,
-        ent_coef=0.01,
-        vf_coef=0.5,
-    )
+    expected = exact_loss(policy, expected_batch, options)
     gradients = th.autograd.grad(expected.total, list(policy.parameters()))
     learner.stopped.fill_(True)
     learner.step()
@@ -388,7 +349,6 @@ def test_acts_as_the_reference_does(kind: str) -> None:
     states = []
     for _ in range(3):
         obs = observe(space, 4)
-        obs = {k: th.as_tensor(v) for k, v in obs.items()} if isinstance(obs, dict) else th.as_tensor(obs)
         before = th.get_rng_state()
         expected = reference.act(obs)
         states.append(th.get_rng_state())

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch as th
 
-from benchmarks import gpu, gpu_checks, gpu_profile
 from benchmarks.cases import Contestant
-from benchmarks.gpu_checks import Check
-from benchmarks.gpu_profile import Busy, busy_time
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks, measure, profile
+from benchmarks.gpu.checks import Check
+from benchmarks.gpu.profile import Busy, busy_time
 from benchmarks.tasks import Task, load_task
-from sb3_ppo_from_scratch.engines.cudagraph import padding
+from sb3_ppo_from_scratch.engines.cudagraph import learning
+from sb3_ppo_from_scratch.update import minibatch_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = th.device("cpu")
@@ -70,17 +72,20 @@ def test_options() -> None:
 
 @pytest.mark.slow
 def test_all_checks_pass_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    results = gpu_checks.run_checks(CPU)
+    results = checks.run_checks(CPU)
     assert len(results) > 20
     assert [result.name for result in results if not result.passed] == []
     assert "FAILED" not in capsys.readouterr().out
 
 
 def test_checks_notice_a_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padding, "ppo_loss", lambda *a, **k: gpu_checks.ppo_loss(*a, **{**k, "vf_coef": 0.6}))
-    monkeypatch.setattr(gpu_checks, "_KINDS", {"MlpPolicy, Box": gpu_checks._KINDS["MlpPolicy, Box"]})
-    assert not any(result.passed for result in gpu_checks.check_gradients(CPU))
-    assert not any(result.passed for result in gpu_checks.check_updates(CPU))
+    def wrong(outputs: Any, batch: Any, config: Any, weights: Any) -> Any:
+        return minibatch_loss(outputs, batch, dataclasses.replace(config, vf_coef=0.6), weights)
+
+    monkeypatch.setattr(learning, "minibatch_loss", wrong)
+    monkeypatch.setattr(checks, "_KINDS", {"MlpPolicy, Box": checks._KINDS["MlpPolicy, Box"]})
+    assert not any(result.passed for result in checks.check_gradients(CPU))
+    assert not any(result.passed for result in checks.check_updates(CPU))
 
 
 def test_a_check_that_breaks_has_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +95,8 @@ def test_a_check_that_breaks_has_failed(monkeypatch: pytest.MonkeyPatch, capsys:
     def sound(device: th.device) -> Any:
         yield Check("sound", 0.0, 0.0)
 
-    monkeypatch.setattr(gpu_checks, "CHECKS", {"broken": broken, "sound": sound})
-    results = gpu_checks.run_checks(CPU)
+    monkeypatch.setattr(checks, "CHECKS", {"broken": broken, "sound": sound})
+    results = checks.run_checks(CPU)
     assert [result.passed for result in results] == [False, True]
     assert "FAILED broken: RuntimeError: out of order" in capsys.readouterr().out
     assert not Check("", float("nan"), 1.0).passed
@@ -107,7 +112,7 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         for text in ("called a synchronizing CUDA operation", "something else", "called a synchronizing CUDA operation"):
             warnings.warn(text, stacklevel=1)
 
-    assert gpu_checks.count_waits(waits) == 2
+    assert checks.count_waits(waits) == 2
     assert modes == ["warn", 0]
 
 
@@ -122,7 +127,7 @@ def test_busy_time_is_that_of_the_union() -> None:
 
 
 def test_who_takes_part() -> None:
-    few, many = gpu.contestants(8, "ale", cores=4), gpu.contestants(128, "envpool", cores=4)
+    few, many = measure.contestants(8, "ale", cores=4), measure.contestants(128, "envpool", cores=4)
     assert Contestant("sb3", "subproc") in few
     assert {each.envs for each in many if each.engine == "sb3"} == {"dummy"}, "128 processes are too many for 4 cores"
     assert {(each.engine, each.precision) for each in many if each.envs == "envpool"} == {
@@ -136,7 +141,7 @@ def test_who_takes_part() -> None:
 @pytest.mark.parametrize("contestant", [Contestant("sb3", "dummy"), Contestant("torch", "ale"), Contestant("none", "ale")])
 def test_each_is_timed(contestant: Contestant) -> None:
     pytest.importorskip("ale_py")
-    record = gpu.measure_one(contestant, 2, 0.01, tiny_task(), "cpu")
+    record = measure.measure_one(contestant, 2, 0.01, tiny_task(), "cpu")
     assert record["fps"] > 0
     assert (record["engine"], record["n_envs"]) == (contestant.engine, 2)
     if contestant.engine != "none":
@@ -145,7 +150,7 @@ def test_each_is_timed(contestant: Contestant) -> None:
 
 
 def test_the_first_iteration_is_not_timed() -> None:
-    watch = gpu.Stopwatch(0.0)
+    watch = measure.Stopwatch(0.0)
     watch.boundaries = [(0.0, 0), (100.0, 1000), (101.0, 2000), (104.0, 4000)]
     assert watch.fps == 3000 / 4.0
 
@@ -164,7 +169,7 @@ def test_table() -> None:
         {**row("cudagraph", 9999.0), "n_envs": 32},
     ]
     del rows[4]["fps"]
-    lines = gpu.table(rows).splitlines()
+    lines = measure.table(rows).splitlines()
     assert lines[2] == "| 8 ale | none | 1,000 |  |  |  |  |"
     assert lines[4] == "| 8 subproc | sb3 | 200 | 1.00 |  |  |  |"
     assert lines[5] == "| 8 ale | cudagraph | 800 | 4.00 | 80% | 50% | 1,234 |"
@@ -178,12 +183,12 @@ def test_what_does_not_fit_in_the_budget_is_named(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("no memory")
         return row(contestant.engine, seconds)
 
-    monkeypatch.setattr(gpu, "measure_one", measure_one)
+    monkeypatch.setattr(measure, "measure_one", measure_one)
     options = gpu.parse_options(["--n-envs", "8"])
-    rows = list(gpu.measure(options, time.monotonic() + 100.0))
+    rows = list(measure.measure(options, time.monotonic() + 100.0))
     assert {each["skipped"] for each in rows if each["engine"] == "sb3"} == {"RuntimeError: no memory"}
     assert sum("fps" in each for each in rows) == 4
-    assert {each["skipped"] for each in gpu.measure(options, time.monotonic())} == {"the budget was spent"}
+    assert {each["skipped"] for each in measure.measure(options, time.monotonic())} == {"the budget was spent"}
 
 
 @pytest.mark.parametrize("passes", [True, False])
@@ -209,11 +214,11 @@ def test_a_profile_of_the_minibatch_step(monkeypatch: pytest.MonkeyPatch) -> Non
             self.calls += 1
 
     monkeypatch.setattr(th.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(gpu_profile, "count_waits", lambda function: (function(), 0)[1])
-    monkeypatch.setattr(gpu_profile, "profiled", lambda function: (function(), Busy(0.04, 0.05, 500, 0.001))[1])
+    monkeypatch.setattr(profile, "count_waits", lambda function: (function(), 0)[1])
+    monkeypatch.setattr(profile, "profiled", lambda function: (function(), Busy(0.04, 0.05, 500, 0.001))[1])
     learner = Learner()
-    profile = gpu_profile.minibatch_profile(learner)  # type: ignore[arg-type]
+    found = profile.minibatch_profile(learner)  # type: ignore[arg-type]
     assert learner.calls == 1 + 2 * 50
-    assert (profile["kernels"], profile["waits"]) == (10, 0)
-    assert profile["kernel_microseconds"] == pytest.approx(800)
-    assert profile["gap_microseconds"] == pytest.approx(200)
+    assert (found["kernels"], found["waits"]) == (10, 0)
+    assert found["kernel_microseconds"] == pytest.approx(800)
+    assert found["gap_microseconds"] == pytest.approx(200)

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import throughput
-from benchmarks.cartpole import summary
+from benchmarks import breakout, cartpole, throughput
+from benchmarks.comparison import tables
+from benchmarks.comparison.records import load_records
+from benchmarks.fast_path import report as fast_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINKS = [(text, target) for text, target in re.findall(r"\[([^\]]*)\]\(([^)]+)\)", README) if "://" not in target]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-RESULT = ROOT / "benchmarks" / "results" / "cartpole_reference.json"
+RESULTS = ROOT / "benchmarks" / "results"
+WORDS = " ".join(README.split())
 
 
 @pytest.mark.parametrize("target", sorted({target for _, target in LINKS}))
@@ -54,7 +57,7 @@ def test_tables_are_whole() -> None:
 
 
 def test_what_the_kl_costs() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "kl_cost.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "kl_cost.json").read_text(encoding="utf-8"))
     medians = [case["median"] for case in record["update_time_ratio"].values()]
     bound = int(re.search(r"the KL costs less than (\d+)% of an update", README)[1])
     assert len(medians) == 3
@@ -63,26 +66,43 @@ def test_what_the_kl_costs() -> None:
 
 
 def test_figures_are_those_measured() -> None:
-    record = json.loads(RESULT.read_text(encoding="utf-8"))
-    assert " ".join(summary(record).split()) in " ".join(README.split())
-
-
-def test_measured_figures_are_what_the_readme_says_of_them() -> None:
-    """Ratios of the pairs' own times; reference engine, one thread, 1e5 steps; equal results; on a clean commit."""
-    record = json.loads(RESULT.read_text(encoding="utf-8"))
-    ratios = [pair["sb3_seconds"] / pair["scratch_seconds"] for pair in record["pairs"]]
-    assert record["ratio"]["median"] == pytest.approx(statistics.median(ratios), abs=2e-3)
-    assert record["ratio"]["min"] == pytest.approx(min(ratios), abs=2e-3)
-    assert record["ratio"]["max"] == pytest.approx(max(ratios), abs=2e-3)
-    assert (record["engine"], record["torch_threads"], record["timesteps"]) == ("torch", 1, 1e5)
-    assert record["max_parameter_difference"] == 0.0
-    assert record["evaluation"]["scratch"] == record["evaluation"]["sb3"]
+    """Ratios of the runs' own times; the reference's bits are SB3's; one thread, 1e5 steps; on a clean commit."""
+    record = json.loads((RESULTS / "cartpole.json").read_text(encoding="utf-8"))
+    assert cartpole.summary(record) in WORDS
+    seconds = {(run["side"], run["seed"]): run["evaluations"][-1]["seconds"] for run in record["runs"]}
+    for side, figures in record["sides"].items():
+        ratios = [seconds["sb3", seed] / own for (who, seed), own in seconds.items() if who == side]
+        assert len(ratios) == record["rounds"]
+        assert figures["ratio"]["median"] == pytest.approx(statistics.median(ratios), abs=2e-3)
+        assert (figures["ratio"]["min"], figures["ratio"]["max"]) == pytest.approx((min(ratios), max(ratios)), abs=2e-3)
+    assert record["sides"]["reference"]["same_bits_as_sb3"]
+    assert {run["engine_used"] for run in record["runs"] if run["side"] == "reference"} == {"torch"}
+    assert record["timesteps"] == 1e5
+    assert record["hyperparameters"] == cartpole.ENTRY.task().described()
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
+
+
+def test_how_far_breakout_got() -> None:
+    record = json.loads((RESULTS / "breakout" / "record.json").read_text(encoding="utf-8"))
+    assert breakout.summary(record) in WORDS
+    assert record["timesteps"] == 1e7
+    assert all(re.fullmatch("[0-9a-f]{40}", session["commit"]) for session in record["sessions"])
+
+
+def test_whether_the_fast_path_is_equal() -> None:
+    """The README's sentence and the report are those of the records, which are of one agent and of clean commits."""
+    folder = RESULTS / "fast_path"
+    records = fast_path.load_records(folder)
+    assert fast_path.verdict(*records) in WORDS
+    assert fast_path.report(*records) == (folder / "report.md").read_text(encoding="utf-8")
+    assert len({record["agent"]["weights_sha256"] for record in records}) == 1
+    assert all(re.fullmatch("[0-9a-f]{40}", record["commit"]) for record in records)
+    assert tables.learned("Catch", load_records(RESULTS / "compare")["Catch"]) in WORDS
 
 
 def test_speeds_are_those_measured() -> None:
     """Every row of the table; medians over at least five rounds, and memory no higher than SB3's where the README says so."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "throughput.json").read_text(encoding="utf-8"))
     assert throughput.summary(record) in README
     assert record["pairs"] >= 5
     assert record["scale"] == 1.0
@@ -96,6 +116,6 @@ def test_speeds_are_those_measured() -> None:
 
 
 def test_the_headline_is_in_the_record() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "throughput.json").read_text(encoding="utf-8"))
     row = next(row for row in record["cases"]["cartpole_zoo"]["contestants"] if row["engine"] == "numpy")
     assert f"**{row['ratio']['median']:.1f} times as fast as SB3's PPO**" in README

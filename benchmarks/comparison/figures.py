@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.comparison.inference import difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns, paired
+from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, VERMILION, save_figure, subplots
 
 __all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
 
-# Okabe and Ito's colours; SB3's line is wide, so that the reference shows on top where the two coincide
+# SB3's line is wide, so that the reference shows on top where the two coincide
 _STYLES: dict[str, dict[str, Any]] = {
-    "sb3": {"color": "#D55E00", "linewidth": 5.0, "alpha": 0.45},
-    "reference": {"color": "#000000", "linewidth": 1.3, "linestyle": (0, (4, 2))},
-    "fast": {"color": "#0072B2", "linewidth": 2.0},
-    "native": {"color": "#009E73", "linewidth": 2.0, "linestyle": (0, (1, 1))},
+    "sb3": {"color": VERMILION, "linewidth": 5.0, "alpha": 0.45},
+    "reference": {"color": BLACK, "linewidth": 1.3, "linestyle": (0, (4, 2))},
+    "fast": {"color": BLUE, "linewidth": 2.0},
+    "native": {"color": GREEN, "linewidth": 2.0, "linestyle": (0, (1, 1))},
 }
 _BAND = "lines: mean return over the seeds; bands: its 95% bootstrap interval; grey dots: rl-zoo3's own score"
 
@@ -53,27 +51,31 @@ def learning_curve(runs: dict[int, Run], field: str) -> Curve:
     return Curve(steps[0], np.median(seconds, axis=0), *estimates.T)
 
 
-def plot_curves(records: Records, names: Sequence[str], path: Path, against: str, columns: int = 3) -> None:
+def plot_curves(
+    records: Records, panels: Sequence[tuple[str, str]], path: Path, columns: int = 3, titles: Mapping[str, str] = SIDES
+) -> None:
     """
-    Learning curves of all sides, a panel per entry; one that has not been run is an empty panel that says so.
+    Learning curves of all sides; an entry that has not been run is an empty panel that says so.
 
     :param records: all of them
-    :param names: entries to show
+    :param panels: an entry each, and against what: ``"steps"`` or ``"seconds"``
     :param path: the PNG to write
-    :param against: ``"steps"`` or ``"seconds"``
     :param columns: panels side by side
+    :param titles: of the sides
     """
-    rows = -(-len(names) // columns)
-    figure, axes = _subplots(rows, columns, (10, 3.2 * rows + 0.9))
-    for axis, name in zip(axes.flat, names, strict=False):
+    rows = -(-len(panels) // columns)
+    figure, axes = subplots(rows, columns, (10, 3.2 * rows + 0.9))
+    for axis, (name, against) in zip(axes.flat, panels, strict=False):
         _plot_entry(axis, name, records[name], against)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("return of an evaluation episode")
-    _legend(figure, [side for side in SIDES if any(side in records[name] for name in names)])
+    sides = [side for side in titles if any(side in records[name] for name, _ in panels)]
+    handles = [Line2D([], [], **_STYLES[side]) for side in sides]
+    figure.legend(handles, [titles[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel(_BAND, fontsize=10, color="#444444")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against: str) -> None:
@@ -113,15 +115,15 @@ def plot_differences(records: Records, path: Path) -> None:
     :param path: the PNG to write
     """
     pairs = {
-        (name, side): paired(sides, side)
+        (name, side): paired(name, sides, side)
         for name, sides in records.items()
         for side in sides
         if side not in ("sb3", "reference") and PROTOCOL[name].margin
     }
     rows = [(*who, difference(*map(final_returns, pair))) for who, pair in pairs.items() if pair[0]]
-    figure, axes = _subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
+    figure, axes = subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
     axis = axes[0, 0]
-    axis.axvspan(-1, 1, color="#999999", alpha=0.2, linewidth=0)
+    axis.axvspan(-1, 1, color=GREY, alpha=0.2, linewidth=0)
     axis.axvline(0, color="#777777", linewidth=1)
     for y, (name, side, apart) in enumerate(rows):
         margin = PROTOCOL[name].margin
@@ -136,22 +138,4 @@ def plot_differences(records: Records, path: Path) -> None:
     explained = "lines: 95% intervals; open circles: no interval; grey: equivalent"
     axis.set_xlabel(f"difference of final return from SB3's PPO, in margins\n({explained})")
     axis.grid(axis="x", alpha=0.25)
-    _save(figure, path)
-
-
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    mpl.use("Agg")
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    return figure, axes
-
-
-def _legend(figure: Figure, sides: Sequence[str]) -> None:
-    handles = [Line2D([], [], **_STYLES[side]) for side in sides]
-    figure.legend(handles, [SIDES[side] for side in sides], loc="outside upper center", ncols=2, frameon=False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)

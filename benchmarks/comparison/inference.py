@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-__all__ = ["Estimate", "difference", "interquartile_mean", "mean", "probability_of_improvement", "verdict"]
+__all__ = [
+    "Estimate",
+    "difference",
+    "difference_of_means",
+    "interquartile_mean",
+    "mean",
+    "probability_of_improvement",
+    "verdict",
+]
 
 CONFIDENCE = 0.95
 _RESAMPLES = 9_999
@@ -75,6 +83,18 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     if len(differences) < 2 or np.ptp(differences) == 0:
         return Estimate(value, np.nan, np.nan)
     return Estimate(value, *map(float, stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)))
+
+
+def difference_of_means(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """
+    Of two independent samples.
+
+    :param ours: ``[n]``
+    :param theirs: ``[m]``
+    :return: with Welch's interval
+    """
+    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(CONFIDENCE)
+    return Estimate(float(np.mean(ours) - np.mean(theirs)), float(interval.low), float(interval.high))
 
 
 def verdict(estimate: Estimate, margin: float | None) -> str:

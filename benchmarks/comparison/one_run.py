@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, sync_envs_normalization
 
 from benchmarks.cases import build
 from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
-from benchmarks.evaluation import EVALUATION_SEED
+from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.record import provenance
+from sb3_ppo_from_scratch import ScratchPPO
 
-__all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "train", "weights_digest"]
+__all__ = ["PROGRESS", "Evaluations", "evaluation_env", "main", "print_progress", "train", "weights_digest"]
 
 PROGRESS = "progress: "
 """What a line about an evaluation begins with; libraries may print others."""
@@ -63,10 +64,12 @@ class Evaluations(BaseCallback):
 
     :param entry: of the protocol
     :param timesteps: of the whole training
+    :param tell: is called with the timesteps and the mean return of each evaluation
     """
 
-    def __init__(self, entry: Entry, timesteps: int):
+    def __init__(self, entry: Entry, timesteps: int, tell: Callable[[int, float], None]):
         super().__init__()
+        self.tell = tell
         self.rows: list[dict[str, Any]] = []
         self._entry, self._timesteps = entry, timesteps
         self._env = evaluation_env(entry)
@@ -85,7 +88,7 @@ class Evaluations(BaseCallback):
 
     def evaluate(self, episodes: int) -> None:
         """
-        Append a row, and print it.
+        Append a row, and tell of it.
 
         :param episodes: how many
         """
@@ -100,25 +103,26 @@ class Evaluations(BaseCallback):
             "returns": returns,
         }
         self.rows.append(row)
-        print(PROGRESS + json.dumps({"timesteps": self.num_timesteps, "return": sum(returns) / len(returns)}), flush=True)
+        self.tell(self.num_timesteps, sum(returns) / len(returns))
         self._wall += time.perf_counter() - wall
         self._cpu += time.process_time() - cpu
 
     def _returns(self, episodes: int) -> list[float]:
         assert self.model.env is not None, "it is training"
-        self._env.seed(EVALUATION_SEED + EVALUATION_ENVS * len(self.rows))
         if isinstance(self._env, VecNormalize):
             sync_envs_normalization(self.model.env, self._env)
-        with th.random.fork_rng(devices=[]):
-            th.manual_seed(EVALUATION_SEED)
-            returns, _ = evaluate_policy(
-                self.model, self._env, episodes, deterministic=self._entry.deterministic, return_episode_rewards=True
-            )
-        assert isinstance(returns, list), "as asked for"
-        return [round(float(value), 3) for value in returns]
+        seed = EVALUATION_SEED + EVALUATION_ENVS * len(self.rows)
+        return evaluate(self.model, self._env, episodes, self._entry.deterministic, seed).returns
 
 
-def train(entry: Entry, side: str, seed: int, timesteps: int) -> tuple[OnPolicyAlgorithm, dict[str, Any]]:
+def print_progress(timesteps: int, mean: float) -> None:
+    """A line that :mod:`benchmarks.compare` reads."""
+    print(PROGRESS + json.dumps({"timesteps": timesteps, "return": mean}), flush=True)
+
+
+def train(
+    entry: Entry, side: str, seed: int, timesteps: int, tell: Callable[[int, float], None] = print_progress
+) -> tuple[OnPolicyAlgorithm, dict[str, Any]]:
     """
     One run.
 
@@ -126,16 +130,18 @@ def train(entry: Entry, side: str, seed: int, timesteps: int) -> tuple[OnPolicyA
     :param side: key of its ``sides``
     :param seed: of the model and its environments
     :param timesteps: over all environments; learning goes on to the end of a rollout
+    :param tell: see :class:`Evaluations`
     :return: the trained model, and what was measured
     """
     contestant = entry.sides[side]
     model = build(entry.case(), contestant, seed)
-    callback = Evaluations(entry, timesteps)
+    callback = Evaluations(entry, timesteps, tell)
     model.learn(timesteps, callback=callback)
     last_100 = [round(float(info["r"]), 3) for info in model.ep_info_buffer or []]
     callback.evaluate(entry.final_episodes)
     return model, {
         "engine": contestant.engine,
+        "engine_used": model._current_engine().name if isinstance(model, ScratchPPO) else contestant.engine,
         "envs": contestant.envs,
         "precision": contestant.precision,
         "evaluations": callback.rows,
@@ -174,7 +180,7 @@ def main() -> None:
     saved.parent.mkdir(parents=True, exist_ok=True)
     model.save(saved)
     plan = {"entry": options.entry, "side": options.side, "seed": options.seed, "timesteps": timesteps, "margin": entry.margin}
-    write_record(record_path(*where), {**plan, **measured, **origin})
+    write_record(record_path(*where), {**plan, "hyperparameters": entry.task().described(), **measured, **origin})
 
 
 if __name__ == "__main__":

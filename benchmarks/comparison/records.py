@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison.protocol import PROTOCOL
+from benchmarks.comparison.protocol import PROTOCOL, Entry
 from benchmarks.record import write_json
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "paired",
     "read_run",
     "record_path",
+    "same_weights",
     "training_returns",
     "training_seconds",
     "write_record",
@@ -73,17 +75,29 @@ def read_run(folder: Path, entry: str, side: str, seed: int, timesteps: int | No
     :param seed: the run's
     :param timesteps: that it must have been trained for; ``None`` for any number
     :return: ``None`` if the run has not been finished
-    :raises ValueError: if it was made under another margin, or with other steps
+    :raises ValueError: if it was made under another margin, with other hyperparameters, steps, engine or environments
     """
     path = record_path(folder, entry, side, seed)
     if not path.exists():
         return None
     run = json.loads(path.read_text(encoding="utf-8"))
-    if run["margin"] != PROTOCOL[entry].margin:
-        raise ValueError(f"{path} was run under the margin {run['margin']}, not the protocol's {PROTOCOL[entry].margin}")
+    for what, had, has in _as_planned(run, PROTOCOL[entry], side):
+        if had != has:
+            raise ValueError(f"{path} was run under the {what} {had!r}, not the protocol's {has!r}")
     if timesteps is not None and run["timesteps"] != timesteps:
         raise ValueError(f"{path} holds a run of {run['timesteps']:,} steps, not {timesteps:,}: choose another --out")
     return run
+
+
+def _as_planned(run: Run, entry: Entry, side: str) -> Iterator[tuple[str, Any, Any]]:
+    """What a run had beside what the protocol has for it. The first records did not name their hyperparameters."""
+    yield "margin", run["margin"], entry.margin
+    for what in ("engine", "precision", "envs"):
+        yield what, run[what], getattr(entry.sides[side], what)
+    if "hyperparameters" in run:
+        planned = entry.task().described()
+        for name in sorted(run["hyperparameters"].keys() | planned):
+            yield f"hyperparameter {name}", run["hyperparameters"].get(name), planned.get(name)
 
 
 def load_records(folder: Path) -> Records:
@@ -91,7 +105,7 @@ def load_records(folder: Path) -> Records:
     Every finished run of a folder.
 
     :param folder: of all records
-    :raises ValueError: if runs of one entry differ in their steps, or in the margin from the protocol's
+    :raises ValueError: if runs of one entry differ in their steps, or from the protocol as in :func:`read_run`
     """
     records: Records = {}
     for name, entry in PROTOCOL.items():
@@ -110,17 +124,23 @@ def load_records(folder: Path) -> Records:
     return records
 
 
-def paired(sides: dict[str, dict[int, Run]], side: str) -> tuple[dict[int, Run], dict[int, Run]]:
+def paired(name: str, sides: dict[str, dict[int, Run]], side: str) -> tuple[dict[int, Run], dict[int, Run]]:
     """
     What can be compared seed by seed: nothing else is.
 
-    :param sides: an entry's runs
+    :param name: an entry's
+    :param sides: its runs
     :param side: whose
-    :return: its runs and SB3's, of the seeds that both have been run with; maybe none
+    :return: its runs and those of the entry's baseline, of the seeds that both have been run with; maybe none
     """
-    ours, theirs = sides.get(side, {}), sides.get("sb3", {})
+    ours, theirs = sides.get(side, {}), sides.get(PROTOCOL[name].baseline, {})
     seeds = sorted(ours.keys() & theirs.keys())
     return {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
+
+
+def same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
+    """Whether there are runs, and each ended with the weights of the other side's run of its seed, to the last bit."""
+    return bool(ours) and all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
 
 
 def final_returns(runs: dict[int, Run]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from benchmarks.comparison.records import (
     clock,
     final_returns,
     paired,
+    same_weights,
     training_returns,
     training_seconds,
 )
+from benchmarks.markdown import markdown_table
 
-__all__ = ["appendix", "details", "headline", "identity", "markdown", "origins", "report"]
+__all__ = ["appendix", "details", "headline", "identity", "learned", "origins", "report"]
 
 Sides = dict[str, dict[int, Run]]
 
@@ -64,11 +66,11 @@ def headline(records: Records) -> str:
 
     :param records: all of them
     """
-    return markdown(_HEADLINE, [_headline_row(name, entry, records[name]) for name, entry in PROTOCOL.items()])
+    return markdown_table(_HEADLINE, [_headline_row(name, entry, records[name]) for name, entry in PROTOCOL.items()])
 
 
 def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
-    ours, theirs = paired(sides, "fast" if "fast" in entry.sides else "reference")
+    ours, theirs = paired(name, sides, "fast" if "fast" in entry.sides else "reference")
     if not ours:
         return [name, f"{entry.timesteps:,}", _count(0, entry), "*not run yet*", "*not run yet*", "", "", ""]
     one = next(iter(ours.values()))
@@ -76,7 +78,7 @@ def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
         name,
         f"{one['timesteps']:,}",
         _count(len(ours), entry),
-        _interval(mean(final_returns(theirs))),
+        _interval(mean(final_returns(theirs))) + ("" if entry.baseline == "sb3" else ", reference"),
         f"{_interval(mean(final_returns(ours)))}, `{one['engine']}`",
         _interval(difference(final_returns(ours), final_returns(theirs)), sign="+"),
         _judgement(entry, ours, theirs),
@@ -86,7 +88,7 @@ def _headline_row(name: str, entry: Entry, sides: Sides) -> list[str]:
 
 def _judgement(entry: Entry, ours: dict[int, Run], theirs: dict[int, Run]) -> str:
     """What may be said of a side; nothing before the protocol's seeds and steps have been run."""
-    if _same_weights(ours, theirs):
+    if same_weights(ours, theirs):
         return "the same bits"
     if len(ours) < entry.seeds or any(run["timesteps"] < entry.timesteps for run in ours.values()):
         return "no verdict before all seeds and steps are run"
@@ -108,17 +110,24 @@ def details(name: str, sides: Sides) -> str:
         text += [entry.note, ""]
     if not sides:
         return "\n".join([*text, "*Not run yet.*", ""])
-    rows = [_details_row(entry, side, sides) for side in sides]
+    rows = [_details_row(name, side, sides) for side in sides]
     whole = all(run["timesteps"] >= entry.timesteps for runs in sides.values() for run in runs.values())
     if entry.zoo is not None and whole:
         rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", "", ""])
-    text += [markdown(_DETAILS, rows), ""]
-    text += [_compared(entry, side, sides) for side in sides if side != "sb3"]
+    text += [markdown_table(_DETAILS, rows), ""]
+    text += [_compared(name, side, sides) for side in sides if side != entry.baseline]
+    text += _mixed(runs for by_seed in sides.values() for runs in by_seed.values())
     return "\n".join([*text, ""])
 
 
-def _details_row(entry: Entry, side: str, sides: Sides) -> list[str]:
-    runs = sides[side]
+def _mixed(runs: Iterable[Run]) -> list[str]:
+    """A warning where runs that are compared are not of one commit; the report names the commits at its end."""
+    commits = {run["commit"] for run in runs}
+    return [f"- **These runs are of {len(commits)} commits**, whose code may differ."] if len(commits) > 1 else []
+
+
+def _details_row(name: str, side: str, sides: Sides) -> list[str]:
+    entry, runs = PROTOCOL[name], sides[side]
     one = next(iter(runs.values()))
     episodes = np.concatenate([run["evaluations"][-1]["returns"] for run in runs.values()])
     precision = "" if one["precision"] == "fp32" else f" {one['precision']}"
@@ -129,28 +138,37 @@ def _details_row(entry: Entry, side: str, sides: Sides) -> list[str]:
         _interval(interquartile_mean(final_returns(runs))),
         _interval(mean(training_returns(runs))),
         f"{episodes.mean():.1f} ± {episodes.std():.1f}",
-        "" if side == "sb3" else _better(*paired(sides, side)),
+        "" if side == entry.baseline else _better(*paired(name, sides, side)),
         *(f"{np.median(training_seconds(runs, field)):.1f}" for field in CLOCKS),
     ]
 
 
 def _better(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
-    if len(ours) < 2 or _same_weights(ours, theirs):
+    if len(ours) < 2 or same_weights(ours, theirs):
         return ""
     return _interval(probability_of_improvement(final_returns(ours), final_returns(theirs)), digits=2)
 
 
-def _compared(entry: Entry, side: str, sides: Sides) -> str:
-    ours, theirs = paired(sides, side)
+def _compared(name: str, side: str, sides: Sides) -> str:
+    entry, (ours, theirs) = PROTOCOL[name], paired(name, sides, side)
+    other = "SB3's PPO" if entry.baseline == "sb3" else "the reference"
     if not ours:
-        return f"- {SIDES[side]}: no seed in common with SB3's PPO yet"
+        return f"- {SIDES[side]}: no seed in common with {other} yet"
     apart = _interval(difference(final_returns(ours), final_returns(theirs)), sign="+")
     judgement = _judgement(entry, ours, theirs)
-    return f"- {SIDES[side]}: differs from SB3's PPO by {apart}: {judgement}; times as fast: {_speed(ours, theirs)}"
+    return f"- {SIDES[side]}: differs from {other} by {apart}: {judgement}; times as fast: {_speed(ours, theirs)}"
 
 
-def _same_weights(ours: dict[int, Run], theirs: dict[int, Run]) -> bool:
-    return bool(ours) and all(ours[seed]["weights_sha256"] == theirs[seed]["weights_sha256"] for seed in ours)
+def learned(name: str, sides: Sides) -> str:
+    """
+    Whether the fast engine's agents are as good, in a sentence.
+
+    :param name: an entry's
+    :param sides: its runs
+    """
+    ours, theirs = paired(name, sides, "fast")
+    apart = _interval(difference(final_returns(ours), final_returns(theirs)), sign="+", digits=2)
+    return f"{len(ours)} seeds a side of {name} differ by {apart}: {_judgement(PROTOCOL[name], ours, theirs)}"
 
 
 def identity(records: Records) -> str:
@@ -160,10 +178,10 @@ def identity(records: Records) -> str:
     :param records: all of them
     """
     same = total = 0
-    for sides in records.values():
-        ours, theirs = paired(sides, "reference")
+    for name, sides in records.items():
+        ours, theirs = paired(name, sides, "reference") if PROTOCOL[name].baseline == "sb3" else ({}, {})
         total += len(ours)
-        same += sum(_same_weights({seed: run}, theirs) for seed, run in ours.items())
+        same += sum(same_weights({seed: run}, theirs) for seed, run in ours.items())
     return f"In {same} of {total} pairs of runs, the reference engine ended with SB3's weights, to the last bit."
 
 
@@ -178,7 +196,7 @@ def appendix(records: Records) -> str:
         if sides:
             seeds = sorted(set().union(*sides.values()))
             rows = [[str(seed), *(_one_seed(runs, seed) for runs in sides.values())] for seed in seeds]
-            text += [f"### {name}, seed by seed", "", markdown(["seed", *(SIDES[side] for side in sides)], rows), ""]
+            text += [f"### {name}, seed by seed", "", markdown_table(["seed", *(SIDES[side] for side in sides)], rows), ""]
     return "\n".join(text)
 
 
@@ -230,12 +248,6 @@ def report(records: Records, figures: Iterable[tuple[str, str]]) -> str:
         origins(records),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _count(seeds: int, entry: Entry) -> str:

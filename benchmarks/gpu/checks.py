@@ -6,7 +6,6 @@ Each check returns errors beside what they may be. They run on any device; on a 
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,16 +18,16 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 
+from benchmarks.gpu.material import config, exact_gradient, exact_products, fill, flat_parameters, relative
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
-from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.engines import Engine, UpdateConfig
+from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
-from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
+from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.losses import ppo_loss
+from sb3_ppo_from_scratch.update import update
 
-__all__ = ["CHECKS", "Check", "count_waits", "exact_products", "run_checks"]
+__all__ = ["CHECKS", "Check", "count_waits", "run_checks"]
 
 
 class Check(NamedTuple):
@@ -73,68 +72,14 @@ def make_policy(kind: str, device: th.device) -> ActorCriticPolicy:
 
 def make_buffers(kind: str, device: th.device, share_valid: float, seed: int) -> tuple[Any, Any]:
     """The same rollout on the CPU and on ``device``, made by the reference engine."""
-    policy, rng = make_policy(kind, th.device("cpu")), np.random.default_rng(seed)
+    policy = make_policy(kind, th.device("cpu"))
     arguments = (_N_STEPS, policy.observation_space, policy.action_space)
     buffers = (
         ScratchRolloutBuffer(*arguments, "cpu", n_envs=_N_ENVS),
         DeviceRolloutBuffer(*arguments, device, n_envs=_N_ENVS),
     )
-    fill(buffers, policy, rng, share_valid)
+    fill(policy, *buffers, seed=seed, share_valid=share_valid)
     return buffers
-
-
-def fill(
-    buffers: tuple[ScratchRolloutBuffer, ...], policy: ActorCriticPolicy, rng: np.random.Generator, share_valid: float
-) -> None:
-    """A rollout of random observations and rewards, with what ``policy``, on the CPU, says of them."""
-    space, engine = policy.observation_space, TorchEngine(policy)
-    space.seed(int(rng.integers(1000)))
-    for buffer in buffers:
-        buffer.reset()
-    for _ in range(_N_STEPS):
-        obs = np.stack([space.sample() for _ in range(_N_ENVS)])
-        step = engine.act(th.as_tensor(obs))
-        reward, start, valid = rng.normal(size=_N_ENVS), rng.random(_N_ENVS) < 0.1, rng.random(_N_ENVS) < share_valid
-        for buffer in buffers:
-            buffer.add(obs, step.actions, reward, start, step.values, step.log_probs, step.dist_params, valid)
-    for buffer in buffers:
-        buffer.compute_returns_and_advantage(th.ones(_N_ENVS), np.zeros(_N_ENVS, bool))
-
-
-def config(**changes: Any) -> UpdateConfig:
-    """An update of two epochs with truncated last minibatches."""
-    values: dict[str, Any] = {
-        "batch_size": 48,
-        "n_epochs": 2,
-        "clip_range": 0.1,
-        "clip_range_vf": None,
-        "normalize_advantage": True,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-    }
-    return UpdateConfig(**{**values, **changes})
-
-
-def relative(actual: th.Tensor, expected: th.Tensor) -> float:
-    """The norm of the difference, relative to that of what is expected."""
-    expected = expected.detach().double().cpu()
-    return ((actual.detach().double().cpu() - expected).norm() / expected.norm()).item()
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Without TensorFloat-32, which cuDNN uses by default and which has 10 bits; off CUDA nothing changes."""
-    switches: tuple[Any, ...] = (th.backends.cudnn, th.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 # ------------------------------------------------------------------------ checks
@@ -154,38 +99,14 @@ def check_gradients(device: th.device) -> Iterator[Check]:
         for precision in ("fp32", "bf16") if kind == "CnnPolicy" else ("fp32",):
             on_host, on_device = make_buffers(kind, device, 1.0, seed=2)
             policy, options = make_policy(kind, device), config(n_epochs=1, max_grad_norm=1e9, clip_range_vf=0.3)
-            learner = Learner(policy, CudaGraphEngine(policy, precision)._heads, on_device, options)
+            learner = GraphLearner(policy, CudaGraphEngine(policy, precision).heads, on_device, options)
             rows = np.random.RandomState(0).permutation(_N_STEPS * _N_ENVS)[:33]
             learner._upload(np.array([[*rows, *[rows[0]] * 15, 33]]), options)
             learner.stopped.fill_(True)  # measure, but take no step
             learner.step()
-            expected = exact_gradient(kind, on_host.dataset().take(th.from_numpy(rows)), options)
+            batch = on_host.dataset().take(th.from_numpy(rows))
+            expected = exact_gradient(make_policy(kind, th.device("cpu")), batch, options)
             yield Check(f"gradient, {kind}, {precision}", relative(learner.gradient, expected), _GRADIENT[precision])
-
-
-def exact_gradient(kind: str, batch: Any, options: UpdateConfig) -> th.Tensor:
-    """In float64, flat, from :func:`ppo_loss` and autograd."""
-    policy = make_policy(kind, th.device("cpu")).double()
-    obs = batch.observations.double() / (255.0 if kind == "CnnPolicy" else 1.0)
-    extractor: Any = policy.features_extractor
-    latent_pi, latent_vf = policy.mlp_extractor(extractor(obs))
-    distribution = policy._get_action_dist_from_latent(latent_pi)
-    discrete = isinstance(policy.action_space, spaces.Discrete)
-    actions = batch.actions.long().flatten() if discrete else batch.actions.double()
-    loss = ppo_loss(
-        policy.value_net(latent_vf).flatten(),
-        distribution.log_prob(actions),
-        distribution.entropy(),
-        advantages=normalize_advantages(batch.advantages.double()),
-        returns=batch.returns.double(),
-        old_values=batch.old_values.double(),
-        old_log_prob=batch.old_log_prob.double(),
-        clip_range=options.clip_range,
-        clip_range_vf=options.clip_range_vf,
-        ent_coef=options.ent_coef,
-        vf_coef=options.vf_coef,
-    )
-    return th.cat([gradient.flatten() for gradient in th.autograd.grad(loss.total, list(policy.parameters()))])
 
 
 def check_updates(device: th.device) -> Iterator[Check]:
@@ -208,16 +129,11 @@ def parameters_over_updates(kind: str, engine: Engine, buffer: ScratchRolloutBuf
     parameters = [flat_parameters(engine.policy)]
     np.random.seed(11)
     for index, options in enumerate((config(), config(ent_coef=0.1), config(clip_range=0.02, target_kl=1.0))):
-        fill((buffer,), make_policy(kind, th.device("cpu")), np.random.default_rng(index), 1.0 - 0.2 * index)
+        fill(make_policy(kind, th.device("cpu")), buffer, seed=index, share_valid=1.0 - 0.2 * index)
         engine.policy.optimizer.param_groups[0]["lr"] = 1e-3 / (index + 1)
         engine.update(buffer, options)
         parameters.append(flat_parameters(engine.policy))
     return parameters
-
-
-def flat_parameters(policy: ActorCriticPolicy) -> th.Tensor:
-    """A copy on the CPU."""
-    return th.cat([parameter.detach().flatten().cpu() for parameter in policy.parameters()])
 
 
 def check_acting(device: th.device) -> Iterator[Check]:
@@ -250,11 +166,11 @@ def check_replays(device: th.device) -> Iterator[Check]:
         for replayed in (True, False):
             policy = make_policy(kind, device)
             _, buffer = make_buffers(kind, device, 0.8, seed=4)
-            learner = Learner(policy, CudaGraphEngine(policy)._heads, buffer, config())
+            learner = GraphLearner(policy, CudaGraphEngine(policy).heads, buffer, config())
             np.random.seed(1)
             if not replayed:
                 learner._is_ready = True  # so that nothing is recorded
-            learner.update(config())
+            updated(learner)
             if learner._minibatch.reason is not None:
                 yield Check(f"recorded, {kind}: {learner._minibatch.reason}", 1.0, 0.0)
             policies.append(flat_parameters(policy))
@@ -268,10 +184,16 @@ def check_waits(device: th.device) -> Iterator[Check]:
     for kind in _KINDS:
         policy = make_policy(kind, device)
         _, buffer = make_buffers(kind, device, 0.8, seed=5)
-        learner = Learner(policy, CudaGraphEngine(policy)._heads, buffer, config())
-        learner.update(config())  # records
+        learner = GraphLearner(policy, CudaGraphEngine(policy).heads, buffer, config())
+        updated(learner)  # records
         yield Check(f"waits in a minibatch step, {kind}", count_waits(learner._minibatch), 0)
-        yield Check(f"waits in an update, {kind}", count_waits(partial(learner.update, config())), 1)
+        yield Check(f"waits in an update, {kind}", count_waits(partial(updated, learner)), 1)
+
+
+def updated(learner: GraphLearner) -> None:
+    """Let it do an update, and read what it measured."""
+    with learner.replayed(config()) as replayed:
+        update(replayed, config())
 
 
 def count_waits(function: Callable[[], object]) -> int:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch as th
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_checks import count_waits
-from sb3_ppo_from_scratch.engines.cudagraph.learning import Learner
+from benchmarks.gpu.checks import count_waits
+from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
 
 __all__ = ["Busy", "busy_time", "minibatch_profile", "profiled"]
 
@@ -59,7 +59,7 @@ def profiled(function: Callable[[], object]) -> Busy:
     return busy_time([(event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events])
 
 
-def minibatch_profile(learner: Learner) -> dict[str, Any]:
+def minibatch_profile(learner: GraphLearner) -> dict[str, Any]:
     """
     Where the time of one minibatch step goes; the learner has done an update already.
 

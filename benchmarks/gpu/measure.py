@@ -1,27 +1,12 @@
-"""
-The engine of CUDA graphs on one GPU: is it right, how fast is it, and what does it reach on Breakout?
-
-One command checks and measures, and ends within the budget::
-
-    python -m benchmarks.gpu --out runs/gpu
-
-``check`` or ``measure`` does one of the two. A whole training of 10 million steps, in as many commands as it takes, is
-:mod:`benchmarks.breakout`'s::
-
-    python -m benchmarks.breakout --device cuda --engine cudagraph --minutes 9 --out runs/breakout-gpu
-
-All of it needs a CUDA device, and says so where there is none.
-"""
+"""How fast is the engine of CUDA graphs on Breakout, beside SB3's PPO and the environments alone?"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,21 +16,16 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cases import Case, Contestant, build, make_env
-from benchmarks.gpu_checks import run_checks
-from benchmarks.gpu_profile import minibatch_profile, profiled
-from benchmarks.record import provenance, write_json
+from benchmarks.gpu.profile import minibatch_profile, profiled
+from benchmarks.markdown import markdown_table
 from benchmarks.tasks import Task, load_task
 from benchmarks.timed_run import peak_memory
-from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS
 
-__all__ = ["Stopwatch", "contestants", "described", "environment_rate", "main", "measure_one", "parse_options", "table"]
+__all__ = ["Stopwatch", "contestants", "described", "environment_rate", "measure", "measure_one", "table"]
 
 Record = dict[str, Any]
 
-COMMANDS = ("all", "check", "measure")
 ENV_ID = "BreakoutNoFrameskip-v4"
-_RESERVE = 45.0
-"""Seconds of the budget that are left for starting, for what cannot be cut short, and for writing."""
 
 
 def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
@@ -182,11 +162,10 @@ def table(rows: list[Record]) -> str:
 
     :param rows: from :func:`measure_one`
     """
-    columns = ("environments", "", "steps/s", "times SB3", "of environments alone", "GPU busy", "GPU MiB")
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    columns, lines = ("environments", "", "steps/s", "times SB3", "of environments alone", "GPU busy", "GPU MiB"), []
     for row in rows:
         if "skipped" in row:
-            lines.append(f"| {row['n_envs']} {row['envs']} | {row['title']} | left out: {row['skipped']} | | | | |")
+            lines.append([f"{row['n_envs']} {row['envs']}", row["title"], f"left out: {row['skipped']}", *[""] * 4])
             continue
         sb3, alone = _best(rows, row, "sb3"), _best(rows, row, "none", row["envs"])
         cells = [
@@ -198,8 +177,8 @@ def table(rows: list[Record]) -> str:
             f"{row['gpu_busy_share']:.0%}" if "gpu_busy_share" in row else "",
             f"{row['gpu_memory_mib']:,.0f}" if "gpu_memory_mib" in row else "",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(columns, lines)
 
 
 def _best(rows: list[Record], like: Record, engine: str, envs: str | None = None) -> float | None:
@@ -210,78 +189,3 @@ def _best(rows: list[Record], like: Record, engine: str, envs: str | None = None
         if "fps" in row and (row["engine"], row["n_envs"]) == (engine, like["n_envs"]) and envs in (None, row["envs"])
     ]
     return max(rates, default=None)
-
-
-def gpu_provenance() -> Record:
-    """As for all figures, and the GPU."""
-    properties = th.cuda.get_device_properties(0)
-    gpu = {"name": properties.name, "memory_mib": properties.total_memory // 2**20, "cuda": th.version.cuda}
-    return {**provenance("benchmarks.gpu"), "gpu": gpu | {"cudnn": th.backends.cudnn.version()}}
-
-
-def run(options: argparse.Namespace, deadline: float) -> bool:
-    """
-    Do what the command line asks for; figures are written as they come.
-
-    :param options: see :func:`parse_options`
-    :param deadline: ``time.monotonic()`` by which to have ended
-    :return: whether all checks passed
-    """
-    record, path = {**gpu_provenance(), "checks": [], "rows": []}, options.out / "gpu.json"
-    if options.command in ("all", "check"):
-        record["checks"] = [{**check._asdict(), "passed": check.passed} for check in run_checks(th.device("cuda"))]
-        write_json(path, record)
-    passed = all(check["passed"] for check in record["checks"])
-    if options.command in ("all", "measure") and passed:
-        for row in measure(options, deadline):
-            record["rows"].append(row)
-            write_json(path, record)
-            print(
-                row.get("skipped") or f"{row['n_envs']} {row['envs']}, {row['title']}: {row['fps']:,.0f} steps/s", flush=True
-            )
-        print(f"\n{table(record['rows'])}\n")
-    print(f"wrote {path}" if passed else f"checks failed, so nothing was measured; wrote {path}")
-    return passed
-
-
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """
-    Read the command line.
-
-    :param arguments: ``None`` for this process's own
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="check and measure the engine of CUDA graphs on one GPU"
-    )
-    parser.add_argument("command", nargs="?", choices=COMMANDS, default="all", help="check and measure by default")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=570.0, help="when to have ended, from the start on (%(default)g)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for what is written (%(default)s)")
-    parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32, 128], help="to measure with (%(default)s)")
-    parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="of native environments (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of models and environments (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.budget_seconds < 2 * _RESERVE:
-        parser.error(f"--budget-seconds must be at least {2 * _RESERVE:g}, not {options.budget_seconds:g}")
-    if min(options.n_envs) < 1:
-        parser.error("--n-envs must be at least 1")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """
-    Run the benchmark of the command line.
-
-    :return: 0; 1 if a check failed; 3 if there is no CUDA device
-    """
-    started = time.monotonic()
-    options = parse_options(arguments)
-    if not th.cuda.is_available():
-        print("benchmarks.gpu needs a CUDA device, and torch sees none here; nothing was measured", file=sys.stderr)
-        return 3
-    return 0 if run(options, started + options.budget_seconds - _RESERVE) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

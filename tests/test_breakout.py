@@ -1,0 +1,172 @@
+"""``benchmarks.breakout``: commands that end, go on and finish, on tiny budgets; and the picture of what they wrote."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from stable_baselines3.common.env_util import make_vec_env
+
+from benchmarks import breakout, episode
+from benchmarks.breakout import parse_options, train_breakout
+from benchmarks.comparison.one_run import weights_digest
+from benchmarks.tasks import Task, load_task
+from sb3_ppo_from_scratch import ScratchPPO
+
+ROLLOUT = 8
+
+
+def tiny_task() -> Task:
+    return Task(0, "CnnPolicy", 2, {**load_task("atari").arguments, "n_steps": ROLLOUT // 2, "batch_size": 4, "n_epochs": 1})
+
+
+def command(folder: Path, minutes: float, timesteps: int = 40, **options: Any) -> dict[str, Any]:
+    """A command of so many minutes; evaluations are of one game. Returns the record."""
+    chosen = {"eval_every": 1000, "eval_episodes": 1, "final_episodes": 1, **options}
+    arguments = [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    parsed = parse_options(["--out", str(folder), "--minutes", str(minutes), "--timesteps", str(timesteps), *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # games in C++ cannot be saved
+        return train_breakout(parsed, tiny_task())
+
+
+@pytest.fixture(autouse=True)
+def _one_game(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a time, for evaluations."""
+    pytest.importorskip("ale_py")
+    monkeypatch.setattr(breakout, "_GAMES_AT_ONCE", 1)
+
+
+def test_several_commands_make_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends at a boundary, loses nothing, and leaves the rest to the next one; the last one plays the final games."""
+    monkeypatch.setattr(breakout, "_STRETCH", ROLLOUT)
+    first, second = command(tmp_path, 0), command(tmp_path, 0)
+    last = command(tmp_path, 10, eval_every=24)
+    assert [record["done"] for record in (first, second, last)] == [False, False, True]
+    sessions = last["sessions"]
+    assert [row["from"] for row in sessions] == [0, ROLLOUT, 2 * ROLLOUT]
+    assert [row["to"] for row in sessions[:2]] == [ROLLOUT + 2, 2 * ROLLOUT + 2], "the step in which it stopped is lost"
+    assert sessions[2]["to"] == 40
+    assert all(row.keys() >= {"command", "commit", "machine", "versions", "seconds", "device"} for row in sessions)
+    assert [row["timesteps"] for row in last["evaluations"]] == [24]
+    assert last["evaluations"][0]["session"] == 2
+    steps = [row["timesteps"] for row in last["training"]]
+    assert steps == sorted(set(steps)), "no stretch is told twice"
+    assert "final" not in second
+    assert len(last["final"]["returns"]) == 1
+    assert last["engine_used"] == "channels_last"
+    assert last == json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    model = ScratchPPO.load(tmp_path / "model.zip")
+    assert model.num_timesteps == 40
+    assert (tmp_path / "model.zip").stat().st_size == last["model"]["bytes"]
+
+
+def test_what_was_written_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
+    """A command that was killed had told of steps that are taken again."""
+    record = command(tmp_path, 0)
+    kept = {"timesteps": ROLLOUT, "games": 0, "mean": None}
+    record["training"] = [kept, {"timesteps": 30, "games": 2, "mean": 1e6}]
+    record["evaluations"] = [{"timesteps": 30, "session": 0, "returns": [1e6], "lengths": [1]}]
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    record = command(tmp_path, 0)
+    assert record["training"][0] == kept
+    assert "1000000.0" not in json.dumps(record)
+    assert record["evaluations"] == []
+
+
+def test_final_games_that_do_not_fit_are_left_to_the_next_command(tmp_path: Path) -> None:
+    first = command(tmp_path, 1, timesteps=ROLLOUT)
+    assert (first["sessions"][-1]["to"], first["done"]) == (ROLLOUT, False)
+    second = command(tmp_path, 1, timesteps=ROLLOUT)
+    assert second["done"], "which has nothing else to do"
+    assert len(second["final"]["returns"]) == 1
+    assert second["final"]["mean"] == np.mean(second["final"]["returns"])
+
+
+def test_evaluations_leave_training_alone(tmp_path: Path) -> None:
+    digests = []
+    for name, every in (("often", ROLLOUT), ("never", 1000)):
+        command(tmp_path / name, 10, timesteps=3 * ROLLOUT, eval_every=every)
+        digests.append(weights_digest(ScratchPPO.load(tmp_path / name / "model.zip")))
+    assert digests[0] == digests[1]
+
+
+def a_record(done: bool) -> dict[str, Any]:
+    evaluation = {"returns": [10.0, 30.0], "lengths": [1, 2]}
+    record = {
+        "env": breakout.ENV_ID,
+        "seed": 1,
+        "timesteps": 1e7,
+        "training": [{"timesteps": 20_000, "games": 0, "mean": None}, {"timesteps": 40_000, "games": 3, "mean": 2.0}],
+        "evaluations": [{"timesteps": 30_000, **evaluation}],
+        "done": done,
+    }
+    return record | ({"final": {"mean": 20.0, **evaluation}} if done else {})
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_the_picture_says_how_far_the_run_got(done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(breakout, "save_figure", lambda figure, path: figures.append(figure))
+    breakout.draw(a_record(done), tmp_path / "curve.png")
+    figure = figures[0]
+    assert figure.get_suptitle() == "BreakoutNoFrameskip-v4, seed 1: 40,000 of 10,000,000 steps (0.4%)"
+    assert len(figure.axes) == (1 if done else 2)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"rl-zoo3, after 10 million steps: 398 ± 33", "CleanRL, after 10 million steps: 414.7 ± 28"} <= set(labels)
+    assert ("final evaluation: 20.0 +- 10.0 over 2 games" in labels) is done
+    axis = figure.axes[0]
+    assert (axis.get_xlim(), axis.get_xlabel(), axis.get_ylabel()) == (
+        (0.0, 10.0),
+        "environment steps (millions)",
+        "score of a game",
+    )
+    assert axis.get_ylim()[1] > 442, "the published scores are seen"
+    curve = next(line for line in axis.lines if line.get_label() == "training games, mean")
+    assert list(zip(*curve.get_data(), strict=True)) == [(0.04, 2.0)]
+
+
+def test_a_picture_of_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["breakout", "--out", str(tmp_path), "--picture"])
+    with pytest.raises(SystemExit, match=r"there is no .*record\.json"):
+        breakout.main()
+    (tmp_path / "record.json").write_text(json.dumps(a_record(False) | {"training": [], "evaluations": []}), encoding="utf-8")
+    breakout.main()
+    assert f"wrote {tmp_path / 'learning_curve.png'}" in capsys.readouterr().out
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "-1"], ["--backend", "dummy"], ["--timesteps", "0"], ["--threads", "0"]])
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_options(arguments)
+    assert caught.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_an_agents_file_becomes_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many-th step from the first one asked for; the JSON beside it names the agent."""
+    env = make_vec_env("CartPole-v1", 1)
+    model = ScratchPPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=1, device="cpu").learn(32)
+    model.save(tmp_path / "agent.zip")
+    arguments = {"entry": "CartPole-v1", "agent": tmp_path / "agent.zip", "out": tmp_path, "every": 2, "start": 3, "width": 60}
+    monkeypatch.setattr("sys.argv", ["episode", *(text for k, v in arguments.items() for text in (f"--{k}", str(v)))])
+    episode.main()
+    told = json.loads((tmp_path / "CartPole-v1.json").read_text(encoding="utf-8"))
+    assert told["agent"] == {
+        "file": "agent.zip",
+        "entry": "CartPole-v1",
+        "timesteps": 32,
+        "weights_sha256": weights_digest(model),
+    }
+    assert told["return"] == told["steps"], "every step of CartPole is worth 1"
+    with Image.open(tmp_path / "CartPole-v1.gif") as picture:
+        assert picture.width == 60
+        assert 1 <= picture.n_frames <= (told["steps"] - 2) // 2
