@@ -52,7 +52,13 @@ from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBu
 from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
-from sb3_ppo_from_scratch.safe_files.archive import check_weights, safe_archive, weights_archive
+from sb3_ppo_from_scratch.safe_files.models import (
+    check_weights,
+    errors_of_file,
+    finish_load,
+    safe_archive,
+    weights_archive,
+)
 from sb3_ppo_from_scratch.update import NAN_POLICIES, UpdateStats
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import step_environments
@@ -610,7 +616,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfScratchPPO:
         """
-        A saved model, ours or SB3's. By default nothing that it holds is run (:mod:`sb3_ppo_from_scratch.safe_files.archive`).
+        A saved model, ours or SB3's. By default nothing that it holds is run (:mod:`sb3_ppo_from_scratch.safe_files.models`).
 
         :param path: the file, with or without ``.zip``, or an open binary file
         :param env: the environments to go on with; ``None`` for a model that only predicts
@@ -626,10 +632,13 @@ class ScratchPPO(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
         """
         check_flag("allow_pickle", allow_pickle)
-        if not allow_pickle:
-            path, custom_objects = safe_archive(path, custom_objects, cls)
         kwargs["_may_replace_engine"] = "engine" not in kwargs
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if allow_pickle:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        file = safe_archive(path, custom_objects, cls)
+        with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
+            model = super().load(file.archive, env, device, file.fields, print_system_info, force_reset, **kwargs)
+            return finish_load(model, file, kwargs)
 
     def set_parameters(
         self,

@@ -33,8 +33,10 @@ from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, consta
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize
-from sb3_ppo_from_scratch.safe_files.archive import read_archive, read_fields
-from sb3_ppo_from_scratch.safe_files.unpickler import ALLOWED, BUILT, NAMED, safe_loads
+from sb3_ppo_from_scratch.safe_files.archive import read_archive
+from sb3_ppo_from_scratch.safe_files.models import read_fields
+from sb3_ppo_from_scratch.safe_files.table import ALLOWED, BUILT, NAMED
+from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
 
