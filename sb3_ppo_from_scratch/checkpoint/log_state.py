@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import (
 )
 
 from sb3_ppo_from_scratch.checkpoint.env_state import read_file, rewrite_file
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain
+from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain
 
 __all__ = ["capture_logger", "make_logger", "restore_logger"]
 

@@ -10,21 +10,33 @@ from __future__ import annotations
 import json
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
-from sb3_ppo_from_scratch.safe_files.values import check_buffer, is_shape, make_bit_generator, make_dtype, set_state
+from sb3_ppo_from_scratch.safe_files.values import (
+    check_buffer,
+    is_plain_dtype,
+    is_shape,
+    make_bit_generator,
+    make_dtype,
+    make_frozenset,
+    make_ordered_dict,
+    make_set,
+    set_state,
+)
 
 __all__ = ["is_plain", "pack", "unpack"]
 
 _MARK = "\0"
 _LENGTH = struct.Struct("<Q")
 _MAX_DEPTH = 100
-_SMALL = 2**63
+_SMALL = 2**1000
+_ATOMS = {type(None), bool, str, float}
+"""What JSON has as it is; so it has integers of less than :data:`_SMALL`."""
 
 
 def pack(value: Any) -> bytes:
@@ -58,9 +70,12 @@ def unpack(data: bytes, field: str) -> Any:
 
 
 class _Writer:
-    def __init__(self) -> None:
+    """:param dry: whether to see only whether all is plain"""
+
+    def __init__(self, dry: bool = False) -> None:
         self.blobs: list[bytes] = []
         self._end = 0
+        self._dry = dry
 
     def _blob(self, data: bytes) -> list[int]:
         self.blobs.append(data)
@@ -79,14 +94,18 @@ class _Writer:
         if kind in (dict, OrderedDict):
             return self._encode_dict(value, path, depth)
         encode = _ENCODERS.get(kind)
-        if encode is None and isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.kind in "biufc":
+        if encode is None and isinstance(value, np.generic):
             encode = _encode_scalar
-        if encode is None or (kind is np.ndarray and value.dtype.kind not in "biufc"):
+        if encode is None or (isinstance(value, np.generic | np.ndarray) and not is_plain_dtype(value.dtype)):
             raise TypeError(f"{path or 'it'} is a {kind.__name__}, not plain data")
         return [_MARK, *encode(self, value, path, depth)]
 
     def _encode_sequence(self, value: Any, path: str, depth: int) -> list[Any]:
-        items = [self.encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+        kinds = set(map(type, value))
+        if kinds <= _ATOMS or (kinds == {int} and -_SMALL < min(value) and max(value) < _SMALL):
+            items = list(value)  # a callback may have kept a number of every step
+        else:
+            items = [self.encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
         if type(value) is deque:
             return [_MARK, "deque", value.maxlen, items]
         if type(value) is list and (not items or items[0] != _MARK):
@@ -103,7 +122,8 @@ class _Writer:
     def blob_of(self, array: np.ndarray) -> list[Any]:
         """Type, shape, order and bytes of an array."""
         order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        return [array.dtype.str, list(array.shape), order, self._blob(array.tobytes(order))]
+        place = [] if self._dry else self._blob(array.tobytes(order))
+        return [array.dtype.str, list(array.shape), order, place]
 
 
 def _encode_scalar(writer: _Writer, value: Any, path: str, depth: int) -> list[Any]:
@@ -163,9 +183,9 @@ class _Reader:
         check_buffer(data, kind, sizes)
         return np.frombuffer(data, kind).reshape(sizes, order="F" if order == "F" else "C").copy("K")
 
-    def items(self, keys: list[Any], values: list[Any]) -> Iterable[tuple[Any, Any]]:
+    def items(self, keys: list[Any], values: list[Any]) -> list[tuple[Any, Any]]:
         """Of a dict."""
-        return zip(map(self.decode, keys), map(self.decode, values), strict=True)
+        return list(zip(map(self.decode, keys), map(self.decode, values), strict=True))
 
     def scalar(self, dtype: Any, digits: str) -> Any:
         """A number of NumPy's."""
@@ -191,11 +211,11 @@ class _Reader:
 _DECODERS: dict[str, Callable[..., Any]] = {
     "list": lambda reader, items: [reader.decode(item) for item in items],
     "tuple": lambda reader, items: tuple(map(reader.decode, items)),
-    "set": lambda reader, items: set(map(reader.decode, items)),
-    "frozenset": lambda reader, items: frozenset(map(reader.decode, items)),
+    "set": lambda reader, items: make_set([reader.decode(item) for item in items]),
+    "frozenset": lambda reader, items: make_frozenset([reader.decode(item) for item in items]),
     "deque": lambda reader, maxlen, items: deque(map(reader.decode, items), maxlen),
-    "dict": lambda reader, keys, values: dict(reader.items(keys, values)),
-    "OrderedDict": lambda reader, keys, values: OrderedDict(reader.items(keys, values)),
+    "dict": lambda reader, keys, values: dict(make_ordered_dict(reader.items(keys, values))),
+    "OrderedDict": lambda reader, keys, values: make_ordered_dict(reader.items(keys, values)),
     "int": lambda reader, digits: int(digits, 16),
     "complex": lambda reader, real, imaginary: complex(real, imaginary),
     "range": lambda reader, start, stop, step: range(start, stop, step),
@@ -212,7 +232,7 @@ _DECODERS: dict[str, Callable[..., Any]] = {
 def is_plain(value: Any) -> bool:
     """Whether :func:`pack` takes ``value``."""
     try:
-        _Writer().encode(value, "", 0)
+        _Writer(dry=True).encode(value, "", 0)
     except TypeError:
         return False
     return True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import pickle
 import random
 import time
 import warnings
@@ -27,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
 from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, make_logger, restore_logger
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain
+from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
     """
     Everything that the rest of a run depends on; only at a boundary.
 
-    :return: a pickle of plain data, and what of the environments cannot be captured
+    :return: plain data as bytes, and what of the environments cannot be captured
     """
     saved_model = io.BytesIO()
     model.save(saved_model)
@@ -65,7 +64,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
         "problems": list(dict.fromkeys(problems)),
         "made_with": _surroundings(),
     }
-    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), state["problems"]
+    return pack(state), state["problems"]
 
 
 def _surroundings() -> dict[str, str]:

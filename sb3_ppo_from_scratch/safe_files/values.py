@@ -11,6 +11,7 @@ import datetime
 import itertools
 import pathlib
 import random
+import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from enum import Enum
 from math import prod
@@ -21,9 +22,10 @@ import numpy as np
 
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, shown
 
-__all__ = ["BIT_GENERATORS", "check_buffer", "check_key", "set_state"]
+__all__ = ["BIT_GENERATORS", "check_buffer", "check_key", "is_plain_dtype", "is_shape", "set_state"]
 
 _DTYPES = {"?", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
+_TEXT = re.compile(r"[<>=|]?[SU][1-9][0-9]{0,5}")
 _OBJECT = {"O", "O8"}
 BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 _FACTORIES = (None, int, float, bool, str, list, dict, set, tuple)
@@ -207,10 +209,15 @@ def _float(value: Any) -> float:
 
 
 def make_dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
-    """Numbers, booleans and objects: a structure's layout could point anywhere."""
-    if type(code) is str and (code.lstrip("<>=|") in _DTYPES or code in _OBJECT):
+    """Numbers, booleans, texts and objects: a structure's layout could point anywhere."""
+    if type(code) is str and (code.lstrip("<>=|") in _DTYPES or _TEXT.fullmatch(code) or code in _OBJECT):
         return np.dtype(code, copy=True)  # a dtype of its own, since its byte order may be set
     raise Refused(f"numpy.dtype({shown(code)})", "only arrays of numbers are read")
+
+
+def is_plain_dtype(dtype: np.dtype) -> bool:
+    """Whether arrays of this type can be read from a file without an object being made of each element."""
+    return dtype.str.lstrip("<>=|") in _DTYPES or bool(_TEXT.fullmatch(dtype.str))
 
 
 def make_empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
@@ -238,15 +245,17 @@ def make_scalar(dtype: Any, data: Any) -> np.generic:
 
 
 def check_buffer(data: Any, dtype: Any, shape: Any) -> None:
-    """:raises Refused: unless ``data`` are the bytes of an array of numbers of that type and shape."""
+    """:raises Refused: unless ``data`` are the bytes of an array of numbers or texts of that type and shape."""
     if not (
         type(data) in (bytes, bytearray)
         and isinstance(dtype, np.dtype)
-        and not dtype.hasobject
+        and is_plain_dtype(dtype)
         and is_shape(shape)
         and prod(shape) * dtype.itemsize == len(data)
     ):
         raise Refused(f"numpy array of shape {shown(shape)}", "its bytes are not as many as it needs")
+    if dtype.kind == "U" and len(data) and np.frombuffer(data, dtype.byteorder.replace("|", "=") + "u4").max() > 0x10FFFF:
+        raise Refused("a numpy array of text", "it holds what is no character")
 
 
 def is_shape(shape: Any) -> bool:
@@ -271,10 +280,11 @@ def _set_dtype(target: np.dtype, state: Any) -> None:
     if type(state) is not tuple or len(state) < 8 or state[0] not in (3, 4) or state[1] not in ("<", ">", "|", "="):
         raise Refused("numpy.dtype", "only arrays of numbers are read")
     layout = state[2:8]
+    sizes = (target.itemsize, target.alignment) if target.kind in "SU" else (-1, -1)
     if target.char == "O":
         if layout != (None, None, None, -1, -1, 63):
             raise Refused("numpy.dtype", "it is not what NumPy writes")
-    elif layout != (None, None, None, -1, -1, 0):
+    elif layout != (None, None, None, *sizes, 0):
         raise Refused("numpy.dtype", "only arrays of numbers are read")
     else:
         target.__setstate__(state[:8])  # type: ignore[attr-defined]  # as pickle calls it
