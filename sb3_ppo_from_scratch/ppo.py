@@ -53,9 +53,11 @@ from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
 from sb3_ppo_from_scratch.safe_files.models import (
+    check_schedules_read,
     check_weights,
     errors_of_file,
     finish_load,
+    moved_fields,
     safe_archive,
     weights_archive,
 )
@@ -634,6 +636,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         check_flag("allow_pickle", allow_pickle)
         kwargs["_may_replace_engine"] = "engine" not in kwargs
         if allow_pickle:
+            custom_objects = moved_fields(path, custom_objects)
             return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         file = safe_archive(path, custom_objects, cls)
         with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
@@ -672,6 +675,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         env: GymEnv | str,
         device: th.device | str = "auto",
         allow_pickle: bool = False,
+        custom_objects: dict[str, Any] | None = None,
     ) -> SelfScratchPPO:
         """
         The model of a checkpoint that a ``ResumableCheckpoint`` wrote, its environments and all random generators, where they
@@ -682,6 +686,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         :param device: where to go on
         :param allow_pickle: whether the checkpoint may bring objects of any class, as environments with attributes of other
             classes than a fresh one's need. Such a file can run code: only for files that you trust.
+        :param custom_objects: see :meth:`load`, for schedules that are functions of your own
         :return: a model to call :meth:`continue_learning` on
         :raises FileNotFoundError: if there is no checkpoint
         :raises ValueError: if it is damaged or of an unknown format, or if ``env`` is of another make
@@ -695,7 +700,9 @@ class ScratchPPO(OnPolicyAlgorithm):
             env = cls._wrap_env(env)  # type: ignore[arg-type]  # whatever is not a name by now
         if env.num_envs != state["n_envs"]:
             raise ValueError(f"env must have {state['n_envs']} environments as the checkpoint's run had, not {env.num_envs}")
-        model = cls.load(io.BytesIO(state["model"]), env, device, force_reset=False, allow_pickle=allow_pickle)
+        saved = io.BytesIO(state["model"])
+        model = cls.load(saved, env, device, custom_objects, force_reset=False, allow_pickle=allow_pickle)
+        check_schedules_read(model)
         model.observation_space, model.action_space = env.observation_space, env.action_space  # whose generators go on
         model._resumed = Resumed(state, allow_pickle)
         model._resumed.restore_env(model)

@@ -13,6 +13,7 @@ import copy
 import io
 import json
 import pathlib
+import pickle
 import warnings
 import zipfile
 from collections import deque
@@ -36,15 +37,18 @@ from sb3_ppo_from_scratch.safe_files.archive import read_archive, read_bytes
 from sb3_ppo_from_scratch.safe_files.old_schedules import UnreadSchedule
 from sb3_ppo_from_scratch.safe_files.parts import check_schedule, check_space, is_number
 from sb3_ppo_from_scratch.safe_files.refusal import shown
+from sb3_ppo_from_scratch.safe_files.table import names_moved_module, renamed
 from sb3_ppo_from_scratch.safe_files.torch_files import load_torch
 from sb3_ppo_from_scratch.safe_files.unpickler import Unread, safe_loads
 
 __all__ = [
     "SafeModel",
+    "check_schedules_read",
     "check_weights",
     "errors_of_file",
     "finish_load",
     "load_vec_normalize",
+    "moved_fields",
     "put_variables",
     "read_fields",
     "safe_archive",
@@ -269,6 +273,31 @@ def safe_archive(
     return SafeModel(archive, fields, schedules, variables)
 
 
+class _TrustingUnpickler(pickle.Unpickler):
+    """Runs what a trusted pickle asks for, and finds modules that have moved since."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(renamed(module), name)
+
+
+def moved_fields(path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Of a trusted model file, the fields that name modules which have moved: SB3 would not find them.
+
+    :param path: as ``load`` takes it
+    :param custom_objects: as ``load`` takes them
+    :return: ``custom_objects`` and those
+    :raises ValueError: if the file is damaged
+    """
+    custom = dict(custom_objects or {})
+    for name, value in json.loads(read_archive(path).get("data", b"{}")).items():
+        if name not in custom and isinstance(value, dict) and ":serialized:" in value:
+            pickled = base64.b64decode(value[":serialized:"])
+            if names_moved_module(pickled):
+                custom[name] = _TrustingUnpickler(io.BytesIO(pickled)).load()
+    return custom
+
+
 def weights_archive(path: str | pathlib.Path | io.BufferedIOBase) -> io.BytesIO:
     """
     A model file without anything but its weights, checked as :func:`safe_archive` does.
@@ -407,6 +436,15 @@ def finish_load(model: Any, file: SafeModel, changed: Iterable[str]) -> Any:
     if "learning_rate" in file.schedules and "learning_rate" not in changed:
         model.lr_schedule = FloatSchedule(model.learning_rate)
     return model
+
+
+def check_schedules_read(model: Any) -> None:
+    """:raises UnsafeFileError: if a model that is to be trained has a schedule that was not read"""
+    for name in _SCHEDULES:
+        schedule = getattr(model, name, None)
+        schedule = vars(schedule).get("value_schedule") if isinstance(schedule, FloatSchedule) else schedule
+        if isinstance(schedule, UnreadSchedule):
+            schedule(1.0)
 
 
 # ------------------------------------------------------------------ weights

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sb3_ppo_from_scratch.safe_files import old_schedules, tensors, values
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of
 
-__all__ = ["ALLOWED", "BUILT", "NAMED", "Allowed", "Call", "find", "is_built", "renamed"]
+__all__ = ["ALLOWED", "BUILT", "NAMED", "Allowed", "Call", "find", "is_built", "names_moved_module", "renamed"]
 
 
 class Allowed(NamedTuple):
@@ -145,6 +145,8 @@ _RENAMED = {
     "pathlib._local": "pathlib",
     "cloudpickle.cloudpickle_fast": "cloudpickle.cloudpickle",
     "sb3_ppo_from_scratch.device_buffer": "sb3_ppo_from_scratch.engines.cudagraph.device_buffer",
+    "sb3_ppo_from_scratch.env_failure": "sb3_ppo_from_scratch.vec_env.failures",
+    "sb3_ppo_from_scratch.stats": "sb3_ppo_from_scratch.update",
 }
 """Beginnings of module names in files of other versions, and what they are called in the table."""
 
@@ -155,6 +157,11 @@ def renamed(module: str) -> str:
         if module.startswith(old):
             return new + module[len(old) :]
     return module
+
+
+def names_moved_module(data: bytes) -> bool:
+    """Whether a pickle may name a module that is called otherwise today."""
+    return any(old.encode() in data for old in _RENAMED)
 
 
 def find(module: Any, name: Any) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, shown
 
-__all__ = ["BIT_GENERATORS", "check_buffer", "check_key", "is_plain_dtype", "is_shape", "set_state"]
+__all__ = ["BIT_GENERATORS", "check_buffer", "check_key", "is_plain_dtype", "is_shape", "numpy_state", "python_state", "set_state"]
 
 _DTYPES = {"?", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
 _TEXT = re.compile(r"[<>=|]?[SU][1-9][0-9]{0,5}")
@@ -388,11 +388,21 @@ def _set_random_state(target: np.random.RandomState, state: Any) -> None:
     target.set_state({**checked, **more})
 
 
-def _set_python_random(target: random.Random, state: Any) -> None:
-    version, numbers, gauss = state
-    if version != 3 or type(numbers) is not tuple or len(numbers) != 625 or not (gauss is None or type(gauss) is float):
+def python_state(state: Any) -> tuple[Any, ...]:
+    """What ``random.getstate()`` returns, checked."""
+    if type(state) is not tuple or len(state) != 3 or state[0] != 3 or type(state[1]) is not tuple or len(state[1]) != 625:
         raise Refused("random.Random", "its state is not what Python writes")
-    target.setstate((3, (*(_bits(number, 32) for number in numbers[:-1]), _in_range(numbers[-1], 625)), gauss))
+    if not (state[2] is None or type(state[2]) is float):
+        raise Refused("random.Random", "its state is not what Python writes")
+    return 3, (*(_bits(number, 32) for number in state[1][:-1]), _in_range(state[1][-1], 625)), state[2]
+
+
+def numpy_state(state: Any) -> tuple[Any, ...]:
+    """What ``numpy.random.get_state()`` returns, checked."""
+    if type(state) is not tuple or len(state) != 5 or state[0] != "MT19937":
+        raise Refused("numpy.random.RandomState", "its state is not what NumPy writes")
+    _, key, position, has_gauss, gauss = state
+    return "MT19937", _array_of(key, np.uint32, 624), _in_range(position, 625), _in_range(has_gauss, 2), _float(gauss)
 
 
 def set_state(target: Any, state: Any) -> bool:
@@ -415,7 +425,7 @@ def set_state(target: Any, state: Any) -> bool:
     elif type(target) is np.random.RandomState:
         _set_random_state(target, state)
     elif type(target) is random.Random:
-        _set_python_random(target, state)
+        target.setstate(python_state(state))
     elif type(target) is SimpleNamespace and type(state) is dict:
         vars(target).update(state)
     else:
