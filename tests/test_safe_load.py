@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copyreg
 import importlib
 import io
@@ -138,6 +139,10 @@ RUNNING: dict[str, Callable[[str], bytes]] = {
 }
 
 
+LEFT_OUT = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "ep_info_buffer", "ep_success_buffer")
+"""Fields that a model can predict without: what of them cannot be read is left out."""
+
+
 @pytest.mark.parametrize("payload", RUNNING.values(), ids=RUNNING.keys())
 def test_no_payload_runs_in_any_field(payload: Callable[[str], bytes], files: Files, tmp_path: Path) -> None:
     made = tmp_path / "made"
@@ -146,8 +151,14 @@ def test_no_payload_runs_in_any_field(payload: Callable[[str], bytes], files: Fi
     made.rmdir()  # it works where it is run
     for name in json.loads(files["data"]).keys() - {"lr_schedule"}:
         data = read_archive(with_fields(files, **{name: pickled}))["data"]
-        with pytest.raises(UnsafeFileError, match=rf"field '{name}' .*allow_pickle=True.*custom_objects=\{{'{name}'"):
-            read_fields(data)
+        if name in LEFT_OUT:
+            with contextlib.suppress(ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_fields(data)
+        else:
+            with pytest.raises(UnsafeFileError, match=rf"field '{name}' .*allow_pickle=True.*custom_objects=\{{'{name}'"):
+                read_fields(data)
+        assert not made.exists()
     with pytest.raises(UnsafeFileError, match=r"field 'policy_kwargs'"):
         ScratchPPO.load(with_fields(files, policy_kwargs=pickled))
     ScratchPPO.load(with_fields(files, lr_schedule=pickled))  # computed anew; what the file says is not read
@@ -605,8 +616,9 @@ def test_a_function_that_borrows_the_name_of_a_schedule_is_not_run(files: Files)
         return lambda _: 1 / 0 * val
 
     function = outer(0.3)
-    with pytest.raises(UnsafeFileError, match=r"field 'clip_range' holds the function .*outer\.<locals>\.<lambda>"):
-        ScratchPPO.load(with_fields(files, clip_range=cloudpickle.dumps(function)))
+    unread = ScratchPPO.load(with_fields(files, clip_range=cloudpickle.dumps(function)))
+    with pytest.raises(UnsafeFileError, match=r"clip_range was the function .*outer\.<locals>\.<lambda>.*custom_objects"):
+        unread.clip_range(1.0)  # type: ignore[operator]  # a schedule
     function.__qualname__, function.__module__ = "constant_fn.<locals>.func", "stable_baselines3.common.utils"
     pickled = cloudpickle.dumps(function)
     with pytest.raises(ZeroDivisionError):

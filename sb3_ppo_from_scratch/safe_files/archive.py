@@ -108,7 +108,7 @@ def read_members(data: bytes, name: str, max_members: int = MAX_MEMBERS, stored:
             _check_members(members, len(data), name, max_members, stored)
             return {member.filename: archive.read(member) for member in members if not member.is_dir()}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, struct.error, RuntimeError) as error:
-        raise ValueError(f"{name} is not a zip archive, or a damaged or incomplete one: {error}") from error
+        raise ValueError(f"{name} is not a zip archive, or a damaged or incomplete one: {str(error)[:300]}") from error
 
 
 _END = struct.Struct("<4s4H2LH")  # signature, disk, its first, files on the disk, files, size and offset of the directory, comment

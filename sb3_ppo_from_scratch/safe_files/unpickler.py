@@ -168,7 +168,12 @@ class SafeUnpickler(_PickleMachine):
         if self._stateless.pop(id(target), None) is None:
             raise Refused(f"the state of {name_of(type(target))}", "it is none of this file's, or has its state already")
         self._charge(_size(state))
-        self.set_state(target, state)
+        try:
+            self.set_state(target, state)
+        except Refused as error:
+            if not self._lenient:
+                raise
+            self.stack[-1] = Unread(error.what)
 
     def set_state(self, target: Any, state: Any) -> None:
         """Put ``state`` into what has been made. :raises Refused: if it is not what is written for such an object"""

@@ -281,12 +281,9 @@ def _set_dtype(target: np.dtype, state: Any) -> None:
         raise Refused("numpy.dtype", "only arrays of numbers are read")
     layout = state[2:8]
     sizes = (target.itemsize, target.alignment) if target.kind in "SU" else (-1, -1)
-    if target.char == "O":
-        if layout != (None, None, None, -1, -1, 63):
-            raise Refused("numpy.dtype", "it is not what NumPy writes")
-    elif layout != (None, None, None, *sizes, 0):
+    if layout != (None, None, None, *sizes, target.flags):
         raise Refused("numpy.dtype", "only arrays of numbers are read")
-    else:
+    if target.char != "O":
         target.__setstate__(state[:8])  # type: ignore[attr-defined]  # as pickle calls it
 
 
