@@ -585,7 +585,9 @@ def test_arguments_are_checked(argument: str, value: float) -> None:
 def test_what_is_plain() -> None:
     plain = [None, 1, 2.5, "x", b"y", np.float32(1), np.arange(3), {"a": [(1, {2})]}, range(3)]
     assert all(is_plain(value) for value in plain)
-    assert not any(is_plain(value) for value in (object(), [StopError], {"a": print}, np.array([object()]), th.nn.Parameter(th.zeros(1))))
+    assert not any(
+        is_plain(value) for value in (object(), [StopError], {"a": print}, np.array([object()]), th.nn.Parameter(th.zeros(1)))
+    )
 
 
 # ------------------------------------------------------- signals

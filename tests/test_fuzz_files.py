@@ -114,7 +114,18 @@ def plain_values() -> list[Any]:
     """Of JSON."""
     numbers = [0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1.5, -0.0, 1e308, float("inf"), float("nan")]
     texts = ["", "x", "auto", "MlpPolicy", "a" * 5000, "\0", "../../x", "CartPole-v1"]
-    rest = [None, True, [], [[]], [1, "a"], {}, {"a": 1}, {"pi": ["x"], "vf": [1e9]}, {":serialized:": 3}, {":serialized:": "%"}]
+    rest = [
+        None,
+        True,
+        [],
+        [[]],
+        [1, "a"],
+        {},
+        {"a": 1},
+        {"pi": ["x"], "vf": [1e9]},
+        {":serialized:": 3},
+        {":serialized:": "%"},
+    ]
     nested: Any = 1
     for _ in range(200):
         nested = [nested]
@@ -187,7 +198,9 @@ def test_policy_kwargs_that_make_no_policy_of_these_weights(kwargs: dict[str, An
 def test_mutated_pickles() -> None:
     rng = random.Random(2)
     whole = [pickle.dumps(value, protocol) for value in pickled_values() for protocol in (2, 4, 5)]
-    count = Counter(outcome(lambda: safe_loads(mutated(rng.choice(whole), rng, whole), "a field"), "a field") for _ in range(3000))
+    count = Counter(
+        outcome(lambda: safe_loads(mutated(rng.choice(whole), rng, whole), "a field"), "a field") for _ in range(3000)
+    )
     assert min(count["read"], count["refused"]) > 100
 
 

@@ -133,7 +133,8 @@ def _is_continued(saved: dict[str, Any], place: Path) -> bool:
     if saved["name"] == "tensorboard":
         heads = saved.get("heads") or {}
         return bool(heads) and all(
-            (place / name).is_file() and _head(place / name, saved["sizes"].get(name, 0)) == head for name, head in heads.items()
+            (place / name).is_file() and _head(place / name, saved["sizes"].get(name, 0)) == head
+            for name, head in heads.items()
         )
     file, text = place / _FILES[saved["name"]], saved["text"]
     if not text or not file.is_file():

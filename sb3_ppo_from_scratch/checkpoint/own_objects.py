@@ -16,7 +16,7 @@ from types import MemberDescriptorType
 from typing import Any
 
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of, shown
-from sb3_ppo_from_scratch.safe_files.table import Call, is_built
+from sb3_ppo_from_scratch.safe_files.table import Call, is_named
 from sb3_ppo_from_scratch.safe_files.unpickler import SafeUnpickler
 
 __all__ = ["Own", "WorldUnpickler"]
@@ -59,7 +59,7 @@ class WorldUnpickler(SafeUnpickler):
 
     def _is_ours(self, kind: Any) -> bool:
         """A class of the world's, written in Python: what others hold beneath is not ours to fill."""
-        own = isinstance(kind, type) and not is_built(kind) and self._own.get((kind.__module__, kind.__qualname__)) is kind
+        own = isinstance(kind, type) and not is_named(kind) and self._own.get((kind.__module__, kind.__qualname__)) is kind
         return own and bool(kind.__flags__ & (1 << 9)) and _base(kind) is not None  # Py_TPFLAGS_HEAPTYPE
 
     def make(self, kind: Any, arguments: tuple[Any, ...]) -> Any:

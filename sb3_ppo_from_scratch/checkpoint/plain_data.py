@@ -102,7 +102,7 @@ class _Writer:
 
     def _encode_sequence(self, value: Any, path: str, depth: int) -> list[Any]:
         kinds = set(map(type, value))
-        if kinds <= _ATOMS or (kinds == {int} and -_SMALL < min(value) and max(value) < _SMALL):
+        if kinds <= _ATOMS or (kinds == {int} and min(value) > -_SMALL and max(value) < _SMALL):
             items = list(value)  # a callback may have kept a number of every step
         else:
             items = [self.encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]

@@ -278,7 +278,9 @@ def _is_env(state: Any) -> bool:
 
 
 def _is_torch_state(state: Any, size: int | None) -> bool:
-    return isinstance(state, np.ndarray) and state.dtype == np.uint8 and state.ndim == 1 and (size is None or state.size == size)
+    return (
+        isinstance(state, np.ndarray) and state.dtype == np.uint8 and state.ndim == 1 and (size is None or state.size == size)
+    )
 
 
 def load_run(path: str | Path) -> dict[str, Any]:

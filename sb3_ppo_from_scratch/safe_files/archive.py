@@ -111,7 +111,9 @@ def read_members(data: bytes, name: str, max_members: int = MAX_MEMBERS, stored:
         raise ValueError(f"{name} is not a zip archive, or a damaged or incomplete one: {str(error)[:300]}") from error
 
 
-_END = struct.Struct("<4s4H2LH")  # signature, disk, its first, files on the disk, files, size and offset of the directory, comment
+_END = struct.Struct(
+    "<4s4H2LH"
+)  # signature, disk, its first, files on the disk, files, size and offset of the directory, comment
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 

@@ -60,7 +60,17 @@ __all__ = [
 _RECOMPUTED = frozenset({"lr_schedule"})
 """Fields that every load computes anew, from ``learning_rate``; old files hold a function here."""
 _NEVER_SAVED = frozenset(
-    {"policy", "device", "env", "replay_buffer", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger", "_engine"}
+    {
+        "policy",
+        "device",
+        "env",
+        "replay_buffer",
+        "rollout_buffer",
+        "_vec_normalize_env",
+        "_logger",
+        "_custom_logger",
+        "_engine",
+    }
     | {"_resumed", "_may_replace_engine", "_warned_of_skipped"}
 )
 """Fields that no save writes, and that would be used; making an ``env`` by its name can import a module that it names."""
@@ -115,8 +125,8 @@ def _read_field(name: str, value: Any, owner: type) -> Any:
     if name in _SCHEDULES:  # whoever only predicts does not need it
         schedule = safe_loads(pickled, f"field {name!r}", remedy, lenient=True)
         inner = vars(schedule).get("value_schedule") if isinstance(schedule, FloatSchedule) else schedule
-        if isinstance(inner, Unread):
-            return UnreadSchedule(name, inner.what)
+        if isinstance(inner, Unread | UnreadSchedule):  # the second, if the model was saved after it had been loaded like this
+            return UnreadSchedule(name, str(vars(inner).get("what"))[:300])
     return safe_loads(pickled, f"field {name!r}", remedy)
 
 
@@ -374,7 +384,9 @@ def _check_size(fields: dict[str, Any], weights: dict[str, Any]) -> None:
         )
     described = sum(parameter.numel() for parameter in policy.parameters())
     if described > 2 * given + 1000:
-        raise ValueError(f"field 'policy_kwargs' or a space is damaged: it describes {described} weights, the file has {given}")
+        raise ValueError(
+            f"field 'policy_kwargs' or a space is damaged: it describes {described} weights, the file has {given}"
+        )
 
 
 class _StayingThere(TorchFunctionMode):

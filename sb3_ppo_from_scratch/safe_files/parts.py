@@ -182,4 +182,3 @@ def is_number(value: Any) -> bool:
     if isinstance(value, int):
         return abs(value) < 2**1023
     return isinstance(value, float | np.floating | np.integer) and not math.isnan(value)
-

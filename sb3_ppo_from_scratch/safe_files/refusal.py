@@ -29,5 +29,5 @@ def shown(value: Any) -> str:
 def name_of(value: Any) -> str:
     """A class by its full name, a name as it is, anything else by its kind."""
     if isinstance(value, str) and value.isprintable():
-        return value[:80]
+        return value[:160]
     return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__name__

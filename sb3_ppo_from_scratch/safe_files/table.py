@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sb3_ppo_from_scratch.safe_files import old_schedules, tensors, values
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of
 
-__all__ = ["ALLOWED", "BUILT", "NAMED", "Allowed", "Call", "find", "is_built", "names_moved_module", "renamed"]
+__all__ = ["ALLOWED", "BUILT", "NAMED", "Allowed", "Call", "find", "is_built", "is_named", "names_moved_module", "renamed"]
 
 
 class Allowed(NamedTuple):
@@ -97,6 +97,7 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("builtins", ("float", "int", "bool", "str", "list", "dict", "tuple"), NAMED, "old schedules' annotations, defaults"),
     Allowed("builtins", ("set",), values.make_set, "nothing but a set"),
     Allowed("builtins", ("frozenset",), values.make_frozenset, "nothing but a set"),
+    Allowed("_codecs", ("encode",), values.make_bytes, "bytes in old files"),
     Allowed("builtins", ("bytearray",), values.make_bytearray, "bytes"),
     Allowed("builtins", ("complex",), values.make_complex, "numbers"),
     Allowed("builtins", ("range",), values.make_range, "numbers"),
@@ -177,6 +178,11 @@ def find(module: Any, name: Any) -> Any:
     if callable(use):
         return Call(use)
     return STORED if use == STORED else getattr(importlib.import_module(renamed(module)), name)
+
+
+def is_named(kind: type) -> bool:
+    """Whether a class stands in the table."""
+    return (kind.__module__, kind.__qualname__) in _TABLE
 
 
 def is_built(kind: Any) -> bool:

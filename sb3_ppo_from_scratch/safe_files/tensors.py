@@ -67,7 +67,9 @@ def make_tensor(
 ) -> th.Tensor:
     """``torch._utils._rebuild_tensor_v2``: nothing of a tensor lies beyond its storage."""
     size, stride = (tuple(part) if isinstance(part, th.Size) else part for part in (size, stride))
-    whole = type(storage) is Storage and is_shape((offset,)) and is_shape(size) and is_shape(stride) and len(size) == len(stride)
+    whole = (
+        type(storage) is Storage and is_shape((offset,)) and is_shape(size) and is_shape(stride) and len(size) == len(stride)
+    )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if whole and prod(size) else -1
     if not whole or last >= len(storage.content) or offset > len(storage.content):
         raise Refused(f"torch.Tensor of size {shown(size)}", "its storage does not hold it")

@@ -24,7 +24,7 @@ from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files import tensors, values
 from sb3_ppo_from_scratch.safe_files.old_schedules import OldFunction
 from sb3_ppo_from_scratch.safe_files.parts import as_schedule, set_attributes
-from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of, shown
+from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of
 from sb3_ppo_from_scratch.safe_files.table import STORED, Call, find, is_built
 
 __all__ = ["SafeUnpickler", "errors_named", "safe_call", "safe_loads", "safe_name"]

@@ -22,7 +22,16 @@ import numpy as np
 
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, shown
 
-__all__ = ["BIT_GENERATORS", "check_buffer", "check_key", "is_plain_dtype", "is_shape", "numpy_state", "python_state", "set_state"]
+__all__ = [
+    "BIT_GENERATORS",
+    "check_buffer",
+    "check_key",
+    "is_plain_dtype",
+    "is_shape",
+    "numpy_state",
+    "python_state",
+    "set_state",
+]
 
 _DTYPES = {"?", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
 _TEXT = re.compile(r"[<>=|]?[SU][1-9][0-9]{0,5}")
@@ -123,6 +132,13 @@ def _checked(items: Any) -> Any:
     for item in items:
         check_key(item, hashes)
     return items
+
+
+def make_bytes(text: Any, encoding: Any) -> bytes:
+    """As pickles of before protocol 3 have them, as text."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise Refused("bytes", "they are not what Python writes")
+    return text.encode("latin-1")
 
 
 def make_bytearray(content: Any = b"", encoding: Any = None) -> bytearray:
