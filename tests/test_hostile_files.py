@@ -1,4 +1,4 @@
-"""Kinds of hostile file that once got further than they should: memory that is not theirs, live objects, other files, no end."""
+"""Kinds of hostile file that got further than they should: foreign memory, live objects, other runs' files, no end."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_an_archive_with_two_directories(name: str, files: Files) -> None:
     other = archive({"archive/data.pkl": b"other", "archive/data/0": bytes(100)}).getvalue()
     for changed in (two_directories(data, other), data + other, shifted(data)):
         hostile = io.BytesIO(changed) if name == "the whole" else archive(files, **{name: changed})
-        with pytest.raises(ValueError, match="disagree|damaged"):
+        with pytest.raises(ValueError, match=r"disagree|damaged"):
             ScratchPPO.load(hostile)
 
 
@@ -438,13 +438,7 @@ WITHOUT_END: dict[str, bytes] = {
     "a shared list as a device": pickle.dumps(Calls(th.device, shared(30))),
     "a shared list as a name": b"\x80\x04" + pickle.dumps(shared(30), 4)[2 + 9 : -1] + b"X\x01\x00\x00\x00x\x93.",
     "a set from a list, again and again": b"\x80\x04cbuiltins\nset\n\x94("
-     b"("
-    + b"K\x01" * 50_000
-    + b"l\x94"
-    + b"0"
-    + b"("
-    + b"h\x00h\x01\x85R" * 20_000
-    + b"ll.",
+    b"(" + b"K\x01" * 50_000 + b"l\x94" + b"0" + b"(" + b"h\x00h\x01\x85R" * 20_000 + b"ll.",
     "a seed of a million digits": pickle.dumps(
         Calls(
             np.random.bit_generator.__pyx_unpickle_SeedSequence,  # type: ignore[attr-defined]  # as NumPy pickles

@@ -111,7 +111,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     _, version, length, digest = _HEADER.unpack_from(data)
     if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} and before"
+            f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} and "
+            "before"
         )
     content = data[_HEADER.size :]
     if len(content) != length or hashlib.sha256(content).digest() != digest:

@@ -1,8 +1,8 @@
 """
 The state of SB3's logger: what it has written and is about to, so that a resumed run's log has no gap and no double.
 
-A checkpoint says where the logs are, but not where to write: that is the run's own folder, beside the checkpoint, or files that
-begin with what the checkpoint's run had written. Whoever copies a run continues the copy, and no file of another run is touched.
+A checkpoint says where the logs were, but not where to write: that is the run's own folder, beside the checkpoint, or files
+that begin with what the checkpoint's run had written. Whoever copies a run continues the copy; other runs' files stay.
 """
 
 from __future__ import annotations

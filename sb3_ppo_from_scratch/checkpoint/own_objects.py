@@ -1,9 +1,9 @@
 """
 Objects of the user's classes in the states of environments: built empty, and given their attributes.
 
-Only classes count of which the user's own, fresh environment holds objects. None of their code runs: ``__new__`` is that of the
-built-in type under them, attributes are put where they lie. A class that can only be made by its own code (``__reduce__`` with
-arguments, ``__setstate__``) needs trust, or an environment with a ``state_dict``.
+Only classes count of which the user's own, fresh environment holds objects. None of their code runs: ``__new__`` is that of
+the built-in type under them, attributes are put where they lie. A class that can only be made by its own code
+(``__reduce__`` with arguments, ``__setstate__``) needs trust, or an environment with a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class WorldUnpickler(SafeUnpickler):
             return super().make(kind, arguments)
         base = _base(kind)
         if base in _EMPTY and arguments == ():
-            return base.__new__(kind)  # type: ignore[union-attr]  # _is_ours() has seen to it
+            return base.__new__(kind)
         if base is tuple and hasattr(kind, "_fields") and len(arguments) == len(kind._fields):
             return tuple.__new__(kind, arguments)
         if base in _OF_VALUE and len(arguments) == 1 and type(arguments[0]) is base:
-            return base.__new__(kind, arguments[0])  # type: ignore[union-attr]  # likewise
+            return base.__new__(kind, arguments[0])
         raise Refused(f"an object of {name_of(kind)}", "only its own code could make it")
 
     def call_other(self, called: Any, arguments: tuple[Any, ...]) -> Any:

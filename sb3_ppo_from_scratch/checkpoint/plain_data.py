@@ -1,8 +1,8 @@
 """
 Plain data as bytes, and back: JSON with the raw bytes of arrays behind it. Nothing in it can name anything.
 
-JSON has lists, numbers, texts and dicts of texts. What else there is stands in it as a list that begins with :data:`_MARK` and
-a kind: tuples, sets, other dicts, big numbers, arrays and generators' states; and a place among the raw bytes, where it has such.
+JSON has lists, numbers, texts and dicts of texts. What else there is stands in it as a list that begins with :data:`_MARK`
+and a kind (tuples, sets, other dicts, big numbers, arrays and generators' states), and says where its raw bytes are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
@@ -121,7 +121,7 @@ class _Writer:
 
     def blob_of(self, array: np.ndarray) -> list[Any]:
         """Type, shape, order and bytes of an array."""
-        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
         place = [] if self._dry else self._blob(array.tobytes(order))
         return [array.dtype.str, list(array.shape), order, place]
 

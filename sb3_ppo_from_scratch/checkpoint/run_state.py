@@ -237,37 +237,47 @@ def _check_run(state: dict[str, Any]) -> None:
     for name, kind in _PARTS.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"its {name!r} is missing, or not a {kind}")
-    learn, random_states = state["learn"], state["random"]
     sound = {
         "problems": all(isinstance(problem, str) for problem in state["problems"]),
         "made_with": all(isinstance(name, str) for part in state["made_with"].items() for name in part),
-        "learn": (
-            type(learn.get("total_timesteps")) is int
-            and isinstance(learn.get("log_interval"), int | None)
-            and isinstance(learn.get("tb_log_name"), str | None)
-        ),
+        "learn": _is_learn(state["learn"]),
         "env": _is_env(state["env"]),
-        "callbacks": all(
-            isinstance(each, tuple)
-            and len(each) == 2
-            and isinstance(each[1], dict)
-            and each[1].keys() == {"attributes", "state", "envs"}
-            and isinstance(each[1]["attributes"], dict | None)
-            and isinstance(each[1]["envs"], dict)
-            and all(map(_is_env, each[1]["envs"].values()))
-            for each in state["callbacks"]
-        ),
-        "random": (
-            python_state(random_states.get("python")) is not None
-            and numpy_state(random_states.get("numpy")) is not None
-            and _is_torch_state(random_states.get("torch"), th.get_rng_state().numel())
-            and isinstance(random_states.get("cuda"), list)
-            and all(_is_torch_state(each, None) for each in random_states["cuda"])
-        ),
+        "callbacks": all(map(_is_callback, state["callbacks"])),
+        "random": _are_random_states(state["random"]),
     }
     for name, right in sound.items():
         if not right:
             raise ValueError(f"its {name!r} is not of the make of ours")
+
+
+def _is_learn(learn: dict[str, Any]) -> bool:
+    return (
+        type(learn.get("total_timesteps")) is int
+        and isinstance(learn.get("log_interval"), int | None)
+        and isinstance(learn.get("tb_log_name"), str | None)
+    )
+
+
+def _is_callback(entry: Any) -> bool:
+    state = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else None
+    return (
+        isinstance(state, dict)
+        and state.keys() == {"attributes", "state", "envs"}
+        and isinstance(state["attributes"], dict | None)
+        and isinstance(state["envs"], dict)
+        and all(map(_is_env, state["envs"].values()))
+    )
+
+
+def _are_random_states(states: dict[str, Any]) -> bool:
+    python_state(states.get("python"))
+    numpy_state(states.get("numpy"))
+    cuda = states.get("cuda")
+    return (
+        _is_torch_state(states.get("torch"), th.get_rng_state().numel())
+        and isinstance(cuda, list)
+        and all(_is_torch_state(each, None) for each in cuda)
+    )
 
 
 def _is_env(state: Any) -> bool:

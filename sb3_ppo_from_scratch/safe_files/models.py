@@ -201,7 +201,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "action_noise": (lambda value: False, "None"),
     "tensorboard_log": (lambda value: _is_text(value) or isinstance(value, pathlib.PurePath), "a path"),
 }
-"""By field: whether a value is of the right kind, and what that is called. ``None`` always is, for SB3 knows it or fails on it."""
+"""By field: whether a value is of the right kind, and what that is called. ``None`` mostly is."""
 _CANNOT_BE_NONE = frozenset(("policy_class", "policy_kwargs", "verbose", "engine", "precision", "nan_policy", "n_steps"))
 
 
@@ -351,9 +351,11 @@ def _variables(weights: dict[str, Any]) -> dict[str, th.Tensor]:
 def _stored(data: dict[str, bytes], files: dict[str, bytes], weights: dict[str, Any]) -> io.BytesIO:
     """An archive of what was read; torch's own reader gets to see nothing that torch has not written here."""
     stream = io.BytesIO()
-    told = {name: files[name] for name in ("_stable_baselines3_version", "system_info.txt") if name in files}
+    texts: dict[str, bytes] = {
+        name: files[name] for name in ("_stable_baselines3_version", "system_info.txt") if name in files
+    }
     with zipfile.ZipFile(stream, "w") as archive:
-        for name, content in {**told, **data}.items():
+        for name, content in (texts | data).items():
             archive.writestr(name, content)
         for name, value in weights.items():
             with archive.open(name, "w", force_zip64=True) as file:

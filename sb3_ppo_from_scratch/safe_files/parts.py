@@ -44,6 +44,7 @@ def set_attributes(target: Any, state: dict[Any, Any]) -> None:
 
 
 def as_schedule(value: Any) -> Any:
+    """A function of an old file as the schedule that it was; anything else as it is. :raises Refused: for other functions"""
     try:
         return to_schedule(value)
     except LookupError as error:
@@ -126,7 +127,7 @@ def _check_multi_discrete(space: spaces.MultiDiscrete, attributes: dict[str, Any
 def _check_multi_binary(space: spaces.MultiBinary, attributes: dict[str, Any], shape: tuple[int, ...]) -> None:
     n = attributes.get("n")
     sizes = (n,) if _is_integer(n) else tuple(n) if isinstance(n, tuple | list | np.ndarray) else None
-    if sizes is None or not all(map(_is_integer, sizes)) or tuple(map(int, sizes)) != shape:  # type: ignore[arg-type]  # integers
+    if sizes is None or not all(map(_is_integer, sizes)) or tuple(map(int, sizes)) != shape:
         raise ValueError("a MultiBinary space must have as many bits as its shape says")
 
 

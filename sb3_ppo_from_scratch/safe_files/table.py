@@ -2,8 +2,8 @@
 All that a file may name.
 
 A row says what comes of a name: the class itself, which can only be kept (``NAMED``), an empty object of it that gets
-attributes (``BUILT``), or a call of a function of ours, which builds a plain value from checked parts and is never the function
-that the file names.
+attributes (``BUILT``), or a call of a function of ours, which builds a plain value from checked parts and is never the
+function that the file names.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("cloudpickle.cloudpickle", ("_make_cell",), old_schedules.make_cell, "old schedules"),
     Allowed("cloudpickle.cloudpickle", ("_function_setstate",), old_schedules.set_function_state, "old schedules"),
     # plain data
-    Allowed("builtins", ("float", "int", "bool", "str", "list", "dict", "tuple"), NAMED, "old schedules' annotations, defaults"),
+    Allowed("builtins", ("float", "int", "bool", "str", "list", "dict", "tuple"), NAMED, "annotations, defaults"),
     Allowed("builtins", ("set",), values.make_set, "nothing but a set"),
     Allowed("builtins", ("frozenset",), values.make_frozenset, "nothing but a set"),
     Allowed("_codecs", ("encode",), values.make_bytes, "bytes in old files"),

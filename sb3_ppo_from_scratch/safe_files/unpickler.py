@@ -1,11 +1,11 @@
 """
 Pickles without running them: the one reader for models, statistics, weights, and the states of environments.
 
-A pickle is a program: whoever unpickles it runs it. Here each of its instructions is carried out by a function that builds what
-stands in :mod:`sb3_ppo_from_scratch.safe_files.table`, looking names up there *before* importing anything. A pickle can name
-what is in the table, make empty objects of some of it, and give each of these its attributes, once. It can call nothing:
-numbers, arrays, tensors and random generators are rebuilt by functions of ours, which check their arguments. What it makes may
-not cost more than its own size allows.
+A pickle is a program: whoever unpickles it runs it. Here each of its instructions is carried out by a function that builds
+what stands in :mod:`sb3_ppo_from_scratch.safe_files.table`, looking names up there *before* importing anything. A pickle can
+name what is in the table, make empty objects of some of it, and give each of these its attributes, once. It can call nothing:
+numbers, arrays, tensors and random generators are rebuilt by functions of ours, which check their arguments. What it makes
+may not cost more than its own size allows.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class SafeUnpickler(_PickleMachine):
             if isinstance(key, Unread):
                 continue
             self._check_key(key, target)
-            put(target, key, value)  # type: ignore[arg-type]  # of the same kind
+            put(target, key, value)
 
     def add_many(self) -> None:
         """Into a set."""

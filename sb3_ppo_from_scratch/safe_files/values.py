@@ -76,7 +76,8 @@ def check_key(key: Any, hashes: Counter[int], depth: int = 0) -> int:
 
 
 def _hashes_by_identity(kind: type) -> bool:
-    return kind.__hash__ is object.__hash__ or (issubclass(kind, Enum) and kind.__hash__ is Enum.__hash__)
+    own: Any = kind.__hash__
+    return own is object.__hash__ or (issubclass(kind, Enum) and own is Enum.__hash__)
 
 
 # ------------------------------------------------------------------ Python
@@ -367,7 +368,7 @@ def _bit_state(kind: str, state: Any) -> dict[str, Any]:
     if kind == "MT19937":
         key = _array_of(inner.get("key"), np.uint32, 624)
         return {"bit_generator": kind, "state": {"key": key, "pos": _in_range(inner.get("pos"), 625)}}
-    more = {"has_uint32": _in_range(state.get("has_uint32"), 2), "uinteger": _bits(state.get("uinteger"), 32)}
+    more: dict[str, Any] = {"has_uint32": _in_range(state.get("has_uint32"), 2), "uinteger": _bits(state.get("uinteger"), 32)}
     if kind == "Philox":
         numbers = {"counter": _array_of(inner.get("counter"), np.uint64, 4), "key": _array_of(inner.get("key"), np.uint64, 2)}
         more |= {"buffer": _array_of(state.get("buffer"), np.uint64, 4), "buffer_pos": _in_range(state.get("buffer_pos"), 5)}
@@ -395,8 +396,7 @@ def _set_bit_generator(target: np.random.BitGenerator, state: Any) -> None:
 
 
 def _set_random_state(target: np.random.RandomState, state: Any) -> None:
-    kind = type(target._bit_generator).__name__  # type: ignore[attr-defined]  # there is no other way to it
-    checked = _bit_state(kind, state)
+    checked = _bit_state(target.get_state(legacy=False)["bit_generator"], state)
     more = {"has_gauss": _in_range(state.get("has_gauss"), 2), "gauss": _float(state.get("gauss"))}
     target.set_state({**checked, **more})
 
