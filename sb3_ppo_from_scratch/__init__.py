@@ -5,7 +5,7 @@ from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
 from sb3_ppo_from_scratch.errors import NonFiniteError, UnsafeFileError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.ppo import ScratchPPO
-from sb3_ppo_from_scratch.safe_files.archive import load_vec_normalize
+from sb3_ppo_from_scratch.safe_files.models import load_vec_normalize
 from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError
 
 __version__ = "0.1.0"

@@ -46,7 +46,15 @@ from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
-from sb3_ppo_from_scratch.safe_files.archive import check_weights, safe_archive, weights_archive
+from sb3_ppo_from_scratch.safe_files.models import (
+    check_schedules_read,
+    check_weights,
+    errors_of_file,
+    finish_load,
+    moved_fields,
+    safe_archive,
+    weights_archive,
+)
 from sb3_ppo_from_scratch.update import NAN_POLICIES, PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import step_environments
@@ -665,7 +673,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfScratchPPO:
         """
-        A saved model, ours or SB3's. By default nothing that it holds is run (:mod:`sb3_ppo_from_scratch.safe_files.archive`).
+        A saved model, ours or SB3's. By default nothing that it holds is run (:mod:`sb3_ppo_from_scratch.safe_files.models`).
 
         :param path: the file, with or without ``.zip``, or an open binary file
         :param env: the environments to go on with; ``None`` for a model that only predicts
@@ -681,10 +689,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
         """
         check_flag("allow_pickle", allow_pickle)
-        if not allow_pickle:
-            path, custom_objects = safe_archive(path, custom_objects, cls)
         kwargs["_may_replace_engine"] = "engine" not in kwargs
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if allow_pickle:
+            custom_objects = moved_fields(path, custom_objects)
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        file = safe_archive(path, custom_objects, cls)
+        with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
+            model = super().load(file.archive, env, device, file.fields, print_system_info, force_reset, **kwargs)
+            return finish_load(model, file, kwargs)
 
     def set_parameters(
         self,
@@ -718,6 +730,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         env: GymEnv | str,
         device: th.device | str = "auto",
         allow_pickle: bool = False,
+        custom_objects: dict[str, Any] | None = None,
     ) -> SelfScratchPPO:
         """
         The model of a checkpoint that a ``ResumableCheckpoint`` wrote, its environments and all random generators, where they
@@ -728,6 +741,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         :param device: where to go on
         :param allow_pickle: whether the checkpoint may bring objects of any class, as environments with attributes of other
             classes than a fresh one's need. Such a file can run code: only for files that you trust.
+        :param custom_objects: see :meth:`load`, for schedules that are functions of your own
         :return: a model to call :meth:`continue_learning` on
         :raises FileNotFoundError: if there is no checkpoint
         :raises ValueError: if it is damaged or of an unknown format, or if ``env`` is of another make
@@ -741,7 +755,9 @@ class ScratchPPO(OnPolicyAlgorithm):
             env = cls._wrap_env(env)  # type: ignore[arg-type]  # whatever is not a name by now
         if env.num_envs != state["n_envs"]:
             raise ValueError(f"env must have {state['n_envs']} environments as the checkpoint's run had, not {env.num_envs}")
-        model = cls.load(io.BytesIO(state["model"]), env, device, force_reset=False, allow_pickle=allow_pickle)
+        saved = io.BytesIO(state["model"])
+        model = cls.load(saved, env, device, custom_objects, force_reset=False, allow_pickle=allow_pickle)
+        check_schedules_read(model)
         model.observation_space, model.action_space = env.observation_space, env.action_space  # whose generators go on
         model._resumed = Resumed(state, allow_pickle)
         model._resumed.restore_env(model)

@@ -26,10 +26,10 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, UnsafeFileError, has_checkpoint
 from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
+from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack, unpack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
@@ -248,7 +248,7 @@ def assert_same_steps(make: Callable[[], VecEnv], before: int = 60, after: int =
     actions = [np.stack([first.action_space.sample() for _ in range(2)]) for _ in range(before + after)]
     for action in actions[:before]:
         first.step(action)
-    state = load_plain(pickle.dumps(capture_vec_env(first)))
+    state = unpack(pack(capture_vec_env(first)), "a test")
     assert state["problems"] == []
     restore_vec_env(second, state)
     dones = 0
@@ -506,11 +506,11 @@ def test_a_damaged_file_gives_way_to_the_one_before(damage: str, tmp_path: Path)
 
 
 def test_an_unknown_format_version_is_refused(tmp_path: Path) -> None:
-    file = write_checkpoint(tmp_path, pickle.dumps({"problems": []}), 10, keep=2)
+    file = write_checkpoint(tmp_path, pack({"problems": []}), 10, keep=2)
     data = bytearray(file.read_bytes())
     data[16] = 77
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"format version 77.*reads version 1 only"):
+    with pytest.raises(ValueError, match=r"format version 77.*reads version 2 and before"):
         ScratchPPO.resume(tmp_path, cartpole())
 
 
@@ -519,8 +519,13 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    write_checkpoint(tmp_path, pickle.dumps({"problems": Bomb()}), 10, keep=2)
-    with pytest.raises(ValueError, match=r"mkdir"):
+    file = write_checkpoint(tmp_path, pickle.dumps({"problems": Bomb()}), 10, keep=2)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        ScratchPPO.resume(tmp_path, cartpole())
+    data = bytearray(file.read_bytes())
+    data[16] = 1  # the format that was a pickle
+    file.write_bytes(data)
+    with pytest.raises(UnsafeFileError, match=rf"{file.name} holds posix\.mkdir"):
         ScratchPPO.resume(tmp_path, cartpole())
     assert not (tmp_path / "exploded").exists()
 
@@ -580,7 +585,9 @@ def test_arguments_are_checked(argument: str, value: float) -> None:
 def test_what_is_plain() -> None:
     plain = [None, 1, 2.5, "x", b"y", np.float32(1), np.arange(3), {"a": [(1, {2})]}, range(3)]
     assert all(is_plain(value) for value in plain)
-    assert not any(is_plain(value) for value in (object(), [StopError], {"a": print}, np.array([object()]), th.zeros(1)))
+    assert not any(
+        is_plain(value) for value in (object(), [StopError], {"a": print}, np.array([object()]), th.nn.Parameter(th.zeros(1)))
+    )
 
 
 # ------------------------------------------------------- signals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copyreg
 import importlib
 import io
@@ -33,8 +34,10 @@ from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, consta
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize
-from sb3_ppo_from_scratch.safe_files.archive import read_archive, read_fields
-from sb3_ppo_from_scratch.safe_files.unpickler import ALLOWED, BUILT, NAMED, safe_loads
+from sb3_ppo_from_scratch.safe_files.archive import read_archive
+from sb3_ppo_from_scratch.safe_files.models import read_fields
+from sb3_ppo_from_scratch.safe_files.table import ALLOWED, BUILT, NAMED
+from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
 
@@ -136,6 +139,10 @@ RUNNING: dict[str, Callable[[str], bytes]] = {
 }
 
 
+LEFT_OUT = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "ep_info_buffer", "ep_success_buffer")
+"""Fields that a model can predict without: what of them cannot be read is left out."""
+
+
 @pytest.mark.parametrize("payload", RUNNING.values(), ids=RUNNING.keys())
 def test_no_payload_runs_in_any_field(payload: Callable[[str], bytes], files: Files, tmp_path: Path) -> None:
     made = tmp_path / "made"
@@ -144,8 +151,14 @@ def test_no_payload_runs_in_any_field(payload: Callable[[str], bytes], files: Fi
     made.rmdir()  # it works where it is run
     for name in json.loads(files["data"]).keys() - {"lr_schedule"}:
         data = read_archive(with_fields(files, **{name: pickled}))["data"]
-        with pytest.raises(UnsafeFileError, match=rf"field '{name}' .*allow_pickle=True.*custom_objects=\{{'{name}'"):
-            read_fields(data)
+        if name in LEFT_OUT:
+            with contextlib.suppress(ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_fields(data)
+        else:
+            with pytest.raises(UnsafeFileError, match=rf"field '{name}' .*allow_pickle=True.*custom_objects=\{{'{name}'"):
+                read_fields(data)
+        assert not made.exists()
     with pytest.raises(UnsafeFileError, match=r"field 'policy_kwargs'"):
         ScratchPPO.load(with_fields(files, policy_kwargs=pickled))
     ScratchPPO.load(with_fields(files, lr_schedule=pickled))  # computed anew; what the file says is not read
@@ -603,8 +616,9 @@ def test_a_function_that_borrows_the_name_of_a_schedule_is_not_run(files: Files)
         return lambda _: 1 / 0 * val
 
     function = outer(0.3)
-    with pytest.raises(UnsafeFileError, match=r"field 'clip_range' holds the function .*outer\.<locals>\.<lambda>"):
-        ScratchPPO.load(with_fields(files, clip_range=cloudpickle.dumps(function)))
+    unread = ScratchPPO.load(with_fields(files, clip_range=cloudpickle.dumps(function)))
+    with pytest.raises(UnsafeFileError, match=r"clip_range was the function .*outer\.<locals>\.<lambda>.*custom_objects"):
+        unread.clip_range(1.0)  # type: ignore[operator]  # a schedule
     function.__qualname__, function.__module__ = "constant_fn.<locals>.func", "stable_baselines3.common.utils"
     pickled = cloudpickle.dumps(function)
     with pytest.raises(ZeroDivisionError):

@@ -9,12 +9,13 @@ that keeps its state elsewhere can offer ``state_dict()`` and ``load_state_dict(
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -25,9 +26,24 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import PlainUnpickler, Reference, load_plain
+from sb3_ppo_from_scratch.checkpoint.own_objects import Own, WorldUnpickler
+from sb3_ppo_from_scratch.checkpoint.plain_data import pack, unpack
+from sb3_ppo_from_scratch.errors import UnsafeFileError
+from sb3_ppo_from_scratch.safe_files.refusal import shown
+from sb3_ppo_from_scratch.safe_files.table import Call
+from sb3_ppo_from_scratch.safe_files.unpickler import errors_named, safe_loads
 
-__all__ = ["CannotCaptureError", "capture", "inner_worlds", "level_names", "read_file", "restore", "rewrite_file"]
+__all__ = [
+    "CannotCaptureError",
+    "capture",
+    "inner_worlds",
+    "level_names",
+    "put_attributes",
+    "read_file",
+    "restore",
+    "rewrite_file",
+    "why_unreadable",
+]
 
 _WORLDS = (gym.Env, gym.vector.VectorEnv)
 _NO_STATE = (
@@ -94,6 +110,8 @@ def _space_generators(space: spaces.Space) -> list[np.random.Generator | None]:
 
 
 def _set_space_generators(space: spaces.Space, generators: list[np.random.Generator | None]) -> None:
+    if not all(isinstance(generator, np.random.Generator | np.random.RandomState | None) for generator in generators):
+        raise ValueError("a space's generator must be one of NumPy's")
     for part, generator in zip(_subspaces(space), generators, strict=True):
         part._np_random = generator  # type: ignore[assignment]  # a space starts without
 
@@ -165,9 +183,12 @@ def _keeps_own_state(level: Any) -> bool:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, anchors: dict[Key, Any]):
+    """:param own: gets the classes of all objects in the pickle that are not of the plainest kinds"""
+
+    def __init__(self, file: io.BytesIO, anchors: dict[Key, Any], own: Own):
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._keys = {id(anchor): key for key, anchor in anchors.items()}
+        self._own = own
 
     def reducer_override(self, obj: Any) -> Any:
         key = self._keys.get(id(obj))
@@ -175,49 +196,63 @@ class _Pickler(pickle.Pickler):
             return _anchor, key
         if isinstance(obj, (*_WORLDS, VecEnv)):
             raise CannotCaptureError(f"it holds {type(obj).__name__}, an environment that is none of its wrappers'")
+        kind = obj if isinstance(obj, type) else type(obj)
+        self._own[(kind.__module__, kind.__qualname__)] = kind
         return NotImplemented
 
 
 def _anchor(index: int, name: str) -> Any:
-    """Stands in a pickle for the fresh world's own object, which :class:`_Unpickler` puts in its place."""
+    """Stands in a pickle for the fresh world's own object, which the reader puts in its place."""
     raise NotImplementedError
 
 
-class _Unpickler(PlainUnpickler):
-    def __init__(self, data: bytes, anchors: dict[Key, Any], allowed: set[Reference], trust: bool):
-        super().__init__(data, allowed, trust)
+class _TrustingUnpickler(pickle.Unpickler):
+    """Makes whatever the pickle asks for."""
+
+    def __init__(self, data: bytes, anchors: dict[Key, Any]):
+        super().__init__(io.BytesIO(data))
         self._anchors = anchors
-        self.classes: set[Reference] = set()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _ANCHOR:
             return lambda *key: self._anchors[key]
-        found = super().find_class(module, name)
-        if isinstance(found, type):
-            self.classes.add((module, name))
-        return found
+        return super().find_class(module, name)
 
 
-def capture(root: Any) -> bytes:
+def capture(root: Any, own: Own | None = None) -> bytes:
     """
     The state of a world, or of one level of a ``VecEnv``.
 
+    :param own: gets the classes of the objects that it holds
     :raises CannotCaptureError: if an attribute cannot be pickled
     """
     levels = _levels(root)
     anchors = _anchors(levels)
     state = [level.state_dict() if _keeps_own_state(level) else _attributes(level) for level in levels]
     in_place = {key: kind.get(value) for key, value in anchors.items() if (kind := _kind(value)) is not None}
+    own = {} if own is None else own
     try:
-        return pickle.dumps((level_names(levels), _pickle((state, in_place), anchors)))
+        return pack({"levels": level_names(levels), "state": _pickle((state, in_place), anchors, own)})
     except Exception as error:  # whatever a pickled object's own code raises
         raise CannotCaptureError(_what_fails(levels, anchors) or f"{type(error).__name__}: {error}") from error
 
 
-def _pickle(state: Any, anchors: dict[Key, Any]) -> bytes:
+def _pickle(state: Any, anchors: dict[Key, Any], own: Own) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, anchors).dump(state)
+    _Pickler(file, anchors, own).dump(state)
     return file.getvalue()
+
+
+def _unpack(data: bytes) -> tuple[list[str], bytes]:
+    """Names of levels, and the pickle of their state; of the first format too, which was a pickle as a whole."""
+    if data.startswith((b"\x80\x04\x95", b"\x80\x05\x95")):
+        names, content = safe_loads(data, _FIELD)
+    else:
+        parts = unpack(data, _FIELD)
+        names, content = parts["levels"], parts["state"]
+    if type(names) is not list or type(content) is not bytes:
+        raise ValueError("it is not one of ours")
+    return names, content
 
 
 def level_names(levels: Sequence[Any]) -> list[str]:
@@ -229,9 +264,25 @@ def _what_fails(levels: list[Any], anchors: dict[Key, Any]) -> str | None:
     for level in levels:
         for name, value in _attributes(level).items():
             try:
-                _pickle(value, anchors)
+                _pickle(value, anchors, {})
             except Exception as error:  # noqa: BLE001  # as in capture
                 return f"{type(level).__name__}.{name}: {type(error).__name__}: {error}"
+    return None
+
+
+def why_unreadable(root: Any, data: bytes) -> str | None:
+    """
+    Why a world's own state could not be put back without trust, if so: what it holds can only be made by running something.
+
+    :param root: the world
+    :param data: what :func:`capture` made of it
+    """
+    own: Own = {}
+    capture(root, own)
+    try:
+        _read(_unpack(data)[1], _anchors(_levels(root)), own)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -240,36 +291,76 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     Put a captured state into a world of the same make.
 
     Besides plain data the state may hold objects of the classes that the fresh world's own state holds; they and nothing else
-    get made.
+    get made, empty, and given their attributes. No function, constructor or ``__setstate__`` of theirs is called.
 
     :param trust: whether to make whatever objects the state asks for
-    :raises ValueError: if the world is of another make, or for other objects without ``trust``
+    :raises UnsafeFileError: for other objects without ``trust``, and for attributes that are not state
+    :raises ValueError: if the world is of another make, or the state is damaged
     """
     levels = _levels(root)
     anchors = _anchors(levels)
-    names, content = load_plain(data)
+    with errors_named(_FIELD, _REMEDY):
+        names, content = _unpack(data)
     if names != level_names(levels):
-        raise ValueError(f"env must be made as the checkpoint's was, of {names}, not of {level_names(levels)}")
-    try:
-        state, in_place = _Unpickler(content, anchors, _classes(root, anchors), trust).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(str(error)) from error
-    for level, values in zip(levels, state, strict=True):
-        if _keeps_own_state(level):
-            level.load_state_dict(values)
-        else:
-            vars(level).update(values)
-    for key, value in in_place.items():
-        kind = _kind(anchors.get(key))
-        if kind is not None:
-            kind.set(anchors[key], value)
+        raise ValueError(f"env must be made as the checkpoint's was, of {_shown_names(names)}, not of {level_names(levels)}")
+    if trust:
+        state, in_place = _TrustingUnpickler(content, anchors).load()
+    else:
+        own: Own = {}
+        with contextlib.suppress(CannotCaptureError):
+            capture(root, own)
+        state, in_place = _read(content, anchors, own)
+    with errors_named(_FIELD, _REMEDY):
+        for level, values in zip(levels, state, strict=True):
+            if _keeps_own_state(level):
+                level.load_state_dict(values)
+            else:
+                put_attributes(level, values)
+        for key, anchor in anchors.items():
+            kind = _kind(anchor)
+            if kind is not None and key in in_place:
+                kind.set(anchor, in_place[key])
 
 
-def _classes(root: Any, anchors: dict[Key, Any]) -> set[Reference]:
-    """The classes of the objects in a world's own state."""
-    with contextlib.suppress(CannotCaptureError):
-        _, content = load_plain(capture(root))
-        unpickler = _Unpickler(content, anchors, set(), trust=True)  # it has just been written here
-        unpickler.load()
-        return unpickler.classes
-    return set()
+_FIELD = "the state of environments in the checkpoint"
+_REMEDY = "pass allow_pickle=True"
+
+
+def _read(content: bytes, anchors: dict[Key, Any], own: Own) -> tuple[list[Any], dict[Key, Any]]:
+    with errors_named(_FIELD, _REMEDY):
+        reader = WorldUnpickler(content, own, {_ANCHOR: Call(lambda *key: anchors[key])})
+        state, in_place = reader.load()
+        if type(state) is not list or type(in_place) is not dict:
+            raise ValueError("it is not one of ours")
+        return state, in_place
+
+
+def _shown_names(names: Any) -> str:
+    """Names from a file, for messages."""
+    return ", ".join(map(shown, names[:20])) if isinstance(names, list) else shown(names)
+
+
+def put_attributes(target: Any, values: dict[str, Any]) -> None:
+    """
+    Give a live object its attributes back: state, and nothing that decides what it does or where it writes.
+
+    What is not state (functions, other environments, windows), and a text or path that is a constructor's argument or leads
+    from the root of a disk, stays as the fresh object has it.
+
+    :raises UnsafeFileError: for what would take the place of a method
+    """
+    if type(values) is not dict:
+        raise ValueError("it is not one of ours")
+    live = vars(target)
+    arguments = inspect.signature(type(target).__init__).parameters
+    for name, value in values.items():
+        if type(name) is not str or name.startswith("__") or _is_method(type(target), name):
+            raise UnsafeFileError(f"{_FIELD} holds {type(target).__name__}.{shown(name)}, which is not state. Nothing was run")
+        is_path = isinstance(value, str | PurePath) and (name in arguments or PurePath(value).is_absolute())
+        if not is_path and _has_state(target, name, live.get(name)):
+            live[name] = value
+
+
+def _is_method(kind: type, name: str) -> bool:
+    found = inspect.getattr_static(kind, name, None)
+    return callable(found) or isinstance(found, staticmethod | classmethod)

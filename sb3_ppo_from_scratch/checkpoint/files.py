@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import pickle
 import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import load_plain
+from sb3_ppo_from_scratch.checkpoint.plain_data import unpack
+from sb3_ppo_from_scratch.safe_files.archive import read_bytes
+from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 
 __all__ = ["FORMAT_VERSION", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
 
-FORMAT_VERSION = 1
-"""Goes up with every change that makes older files unreadable, or newer ones for older versions of the package."""
+FORMAT_VERSION = 2
+"""Goes up with every change that makes newer files unreadable for older versions of the package. All earlier ones are read."""
 
 _MAGIC = b"scratch-ppo-run\n"
 _HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
@@ -37,7 +38,7 @@ def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int
     Add a checkpoint to a folder and remove all but the last ``keep``; a crash at any moment leaves the others whole.
 
     :param folder: made if it is not there
-    :param content: a pickle of plain data
+    :param content: plain data, of ``pack``
     :param num_timesteps: for the file's name
     :param keep: at least 1
     :return: the file
@@ -104,18 +105,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    data, _ = read_bytes(path)
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise CorruptCheckpointError(f"{path} is not a checkpoint, or cut off in its header")
     _, version, length, digest = _HEADER.unpack_from(data)
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} only"
+            f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} and "
+            "before"
         )
-    content = memoryview(data)[_HEADER.size :]
+    content = data[_HEADER.size :]
     if len(content) != length or hashlib.sha256(content).digest() != digest:
         raise CorruptCheckpointError(f"{path} is damaged: its content does not match its checksum")
-    try:
-        return load_plain(bytes(content))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not a checkpoint of ours: {error}") from error
+    state = unpack(content, str(path)) if version > 1 else safe_loads(content, str(path), "there is no way to read it")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of ours: it holds a {type(state).__name__}")
+    return state

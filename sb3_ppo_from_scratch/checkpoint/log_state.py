@@ -1,8 +1,15 @@
-"""The state of SB3's logger: what it has written and is about to, so that a resumed run's log has no gap and no double."""
+"""
+The state of SB3's logger: what it has written and is about to, so that a resumed run's log has no gap and no double.
+
+A checkpoint says where the logs were, but not where to write: that is the run's own folder, beside the checkpoint, or files
+that begin with what the checkpoint's run had written. Whoever copies a run continues the copy; other runs' files stay.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +24,15 @@ from stable_baselines3.common.logger import (
 )
 
 from sb3_ppo_from_scratch.checkpoint.env_state import read_file, rewrite_file
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain
+from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain
 
-__all__ = ["capture_logger", "make_logger", "restore_logger"]
+__all__ = ["capture_logger", "locate_logger", "make_logger", "restore_logger"]
 
 _EVENTS = "events.out.tfevents.*"
+_FILES = {"csv": "progress.csv", "json": "progress.json", "log": "log.txt"}
+"""What SB3 calls the files of its outputs."""
+_HEAD = 2**16
+"""Bytes of a TensorBoard file that tell whose it is; it begins with the moment and the machine at which it was begun."""
 
 
 def capture_logger(logger: Logger) -> dict[str, Any]:
@@ -54,6 +65,7 @@ def _capture_format(output: KVWriter) -> dict[str, Any]:
             "name": "tensorboard",
             "folder": str(folder),
             "sizes": {f.name: f.stat().st_size for f in _event_files(folder)},
+            "heads": {f.name: _head(f, f.stat().st_size) for f in _event_files(folder)},
         }
     return {"name": None}
 
@@ -62,16 +74,127 @@ def _event_files(folder: Path) -> list[Path]:
     return list(folder.glob(_EVENTS))
 
 
+def _head(path: Path, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(min(size, _HEAD))).hexdigest()
+
+
+# ------------------------------------------------------------------ whose files they are
+
+
+def locate_logger(state: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
+    """
+    A logger's state, with every output where this run may write, or without a name and with the reason.
+
+    :param state: of :func:`capture_logger`
+    :param checkpoints: the folder that the checkpoint lies in; the one above it is the run's
+    :raises ValueError: if it is none of ours
+    """
+    _check_state(state)
+    own = checkpoints.resolve().parent
+    formats = [_locate(saved, saved.get("folder") or state["folder"], own) for saved in state["formats"]]
+    folders = [located["folder"] for located in formats if located.get("folder")]
+    return {**state, "formats": formats, "folder": folders[0] if folders else None}
+
+
+def _locate(saved: dict[str, Any], recorded: str | None, own: Path) -> dict[str, Any]:
+    name = saved["name"]
+    if name not in (*_FILES, "tensorboard"):
+        return dict(saved)
+    places = list(_places(Path(recorded or "."), own))
+    for place in places:
+        if _is_continued(saved, place):
+            return {**saved, "folder": str(place)}
+    for place in places:
+        if place.is_relative_to(own) and not _exists(saved, place):
+            return {**saved, "folder": str(place)}
+    return {"name": None, "why": f"the {name} log in {recorded} is not of this run, or lies outside its folder {own}"}
+
+
+def _places(recorded: Path, own: Path) -> Iterator[Path]:
+    """Where a folder may be by now: below the run's own, wherever that is, and where it was."""
+    recorded = recorded.resolve()
+    for length in range(len(recorded.parts)):
+        place = own.joinpath(*recorded.parts[len(recorded.parts) - length :])
+        if length == 0 or place.is_dir():
+            yield place
+    yield recorded
+
+
+def _exists(saved: dict[str, Any], place: Path) -> bool:
+    if saved["name"] == "tensorboard":
+        return bool(_event_files(place))
+    file = place / _FILES[saved["name"]]
+    return file.exists() and file.stat().st_size > 0
+
+
+def _is_continued(saved: dict[str, Any], place: Path) -> bool:
+    """Whether a folder holds what the checkpoint's run had written, and perhaps more of it."""
+    if saved["name"] == "tensorboard":
+        heads = saved.get("heads") or {}
+        return bool(heads) and all(
+            (place / name).is_file() and _head(place / name, saved["sizes"].get(name, 0)) == head
+            for name, head in heads.items()
+        )
+    file, text = place / _FILES[saved["name"]], saved["text"]
+    if not text or not file.is_file():
+        return False
+    lines, written = text.splitlines(), file.read_bytes().splitlines()
+    # a new key lengthens all lines of a CSV file
+    return len(written) >= len(lines) and all(now.startswith(then) for then, now in zip(lines, written, strict=False))
+
+
+def _check_state(state: Any) -> None:
+    """:raises ValueError: unless it is of the make of :func:`capture_logger`"""
+    kinds = {"folder": str | None, "values": dict, "counts": dict, "excluded": dict, "formats": list}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name, 0), kind) for name, kind in kinds.items()):
+        raise ValueError("the logger's state is damaged")
+    for saved in state["formats"]:
+        if not isinstance(saved, dict) or saved.get("name", "") not in (*_FILES, "tensorboard", "stdout", None):
+            raise ValueError("the logger's state names an output that is not one of SB3's")
+        sizes, heads, keys = saved.get("sizes", {}), saved.get("heads", {}), saved.get("keys", [])
+        if not (
+            isinstance(saved.get("folder", ""), str)
+            and isinstance(saved.get("text", b""), bytes)
+            and ("text" in saved or saved["name"] not in _FILES)
+            and isinstance(sizes, dict)
+            and isinstance(heads, dict)
+            and heads.keys() <= sizes.keys()
+            and all(_is_event_file(name) and type(size) is int and size >= 0 for name, size in sizes.items())
+            and isinstance(keys, list)
+            and all(isinstance(key, str) for key in keys)
+        ):
+            raise ValueError(f"the state of the logger's output {saved['name']!r} is damaged")
+    if not all(isinstance(key, str) for part in ("values", "counts", "excluded") for key in state[part]):
+        raise ValueError("the logger's values are damaged")
+    if not all(type(count) is int for count in state["counts"].values()):
+        raise ValueError("the logger's counts are damaged")
+    if not all(excluded is None or isinstance(excluded, str | tuple | list) for excluded in state["excluded"].values()):
+        raise ValueError("the logger's values are damaged")
+
+
+def _is_event_file(name: Any) -> bool:
+    return type(name) is str and name.startswith(_EVENTS[:-1]) and Path(name).name == name
+
+
+# ------------------------------------------------------------------ going on
+
+
 def make_logger(state: dict[str, Any]) -> Logger:
-    """A logger with the outputs of the one captured, in the same folder; outputs of other classes than SB3's are left out."""
+    """
+    A logger with the outputs of the one captured; those of other classes than SB3's, and of other runs, are left out.
+
+    :param state: of :func:`locate_logger`
+    """
     outputs = []
     for saved in state["formats"]:
         if saved["name"] is None:
-            warnings.warn("an output of the logger is not one of SB3's: call set_logger before continuing", stacklevel=2)
+            why = saved.get("why", "an output of the logger is not one of SB3's")
+            warnings.warn(f"{why}: call set_logger before continuing", stacklevel=2)
             continue
         if saved["name"] == "tensorboard":
             _cut_events(saved)
-        outputs.append(make_output_format(saved["name"], saved.get("folder") or state["folder"] or "."))
+        outputs.append(make_output_format(saved["name"], saved.get("folder") or "."))
     return Logger(folder=state["folder"], output_formats=outputs)
 
 
@@ -80,6 +203,7 @@ def restore_logger(logger: Logger, state: dict[str, Any]) -> None:
     Let a logger go on where the captured one was: same content of its files, same values recorded for the next row.
 
     :param logger: of :func:`make_logger`, or the user's own; its outputs are matched with the captured ones by kind
+    :param state: of :func:`locate_logger`
     """
     left = list(state["formats"])
     for output in logger.output_formats:
@@ -117,6 +241,8 @@ def _restart_tensorboard(output: TensorBoardOutputFormat, saved: dict[str, Any])
 def _cut_events(saved: dict[str, Any]) -> None:
     """Forget what was written after the checkpoint: SB3 flushes after every row, so a file's size stands between two."""
     folder = Path(saved["folder"])
+    if not saved["sizes"]:
+        return
     for path in _event_files(folder):
         size = saved["sizes"].get(path.name)
         if size is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import pickle
 import random
 import time
 import warnings
@@ -18,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +25,13 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_from_scratch.checkpoint.env_state import put_attributes
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
-from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, make_logger, restore_logger
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain
+from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, locate_logger, make_logger, restore_logger
+from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
+from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
+from sb3_ppo_from_scratch.safe_files.values import numpy_state, python_state
 
 if TYPE_CHECKING:
     from sb3_ppo_from_scratch.ppo import ScratchPPO
@@ -43,7 +46,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
     """
     Everything that the rest of a run depends on; only at a boundary.
 
-    :return: a pickle of plain data, and what of the environments cannot be captured
+    :return: plain data as bytes, and what of the environments cannot be captured
     """
     saved_model = io.BytesIO()
     model.save(saved_model)
@@ -65,7 +68,7 @@ def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[
         "problems": unique,
         "made_with": _surroundings(),
     }
-    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), unique
+    return pack(state), unique
 
 
 def _surroundings() -> dict[str, str]:
@@ -85,8 +88,8 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    random.setstate(python_state(states["python"]))
+    np.random.set_state(numpy_state(states["numpy"]))
     th.set_rng_state(th.from_numpy(states["torch"].copy()))
     if states["cuda"] and th.cuda.device_count() == len(states["cuda"]):
         th.cuda.set_rng_state_all([th.from_numpy(state.copy()) for state in states["cuda"]])
@@ -153,7 +156,8 @@ def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) ->
         if state["attributes"] is None:
             each.load_state_dict(state["state"])  # type: ignore[attr-defined]  # it had a state_dict
         else:
-            vars(each).update(state["attributes"])
+            mine = vars(each)
+            put_attributes(each, {key: value for key, value in state["attributes"].items() if is_plain(mine.get(key))})
         envs = dict(_own_envs(each))
         for attribute, env_state in state["envs"].items():
             if attribute in envs:
@@ -212,6 +216,82 @@ def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -
     return not state["problems"]
 
 
+_PARTS: dict[str, type | UnionType] = {
+    "n_envs": int,
+    "model": bytes,
+    "learn": dict,
+    "elapsed": int,
+    "random": dict,
+    "env": dict,
+    "callbacks": list,
+    "logger": dict,
+    "problems": list,
+    "made_with": dict,
+}
+"""What a checkpoint holds, each of its kind; the engine's state is the engine's."""
+
+
+def _check_run(state: dict[str, Any]) -> None:
+    """:raises ValueError: unless a checkpoint holds all that a run is resumed from"""
+    for name, kind in _PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"its {name!r} is missing, or not a {kind}")
+    sound = {
+        "problems": all(isinstance(problem, str) for problem in state["problems"]),
+        "made_with": all(isinstance(name, str) for part in state["made_with"].items() for name in part),
+        "learn": _is_learn(state["learn"]),
+        "env": _is_env(state["env"]),
+        "callbacks": all(map(_is_callback, state["callbacks"])),
+        "random": _are_random_states(state["random"]),
+    }
+    for name, right in sound.items():
+        if not right:
+            raise ValueError(f"its {name!r} is not of the make of ours")
+
+
+def _is_learn(learn: dict[str, Any]) -> bool:
+    return (
+        type(learn.get("total_timesteps")) is int
+        and isinstance(learn.get("log_interval"), int | None)
+        and isinstance(learn.get("tb_log_name"), str | None)
+    )
+
+
+def _is_callback(entry: Any) -> bool:
+    state = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else None
+    return (
+        isinstance(state, dict)
+        and state.keys() == {"attributes", "state", "envs"}
+        and isinstance(state["attributes"], dict | None)
+        and isinstance(state["envs"], dict)
+        and all(map(_is_env, state["envs"].values()))
+    )
+
+
+def _are_random_states(states: dict[str, Any]) -> bool:
+    python_state(states.get("python"))
+    numpy_state(states.get("numpy"))
+    cuda = states.get("cuda")
+    return (
+        _is_torch_state(states.get("torch"), th.get_rng_state().numel())
+        and isinstance(cuda, list)
+        and all(_is_torch_state(each, None) for each in cuda)
+    )
+
+
+def _is_env(state: Any) -> bool:
+    return isinstance(state, dict) and all(
+        isinstance(state.get(name), list) and all(isinstance(part, kind) for part in state[name])
+        for name, kind in (("wrappers", bytes | None), ("worlds", bytes | None), ("problems", str))
+    )
+
+
+def _is_torch_state(state: Any, size: int | None) -> bool:
+    return (
+        isinstance(state, np.ndarray) and state.dtype == np.uint8 and state.ndim == 1 and (size is None or state.size == size)
+    )
+
+
 def load_run(path: str | Path) -> dict[str, Any]:
     """
     Read a checkpoint's file, or a folder's newest intact one.
@@ -220,6 +300,10 @@ def load_run(path: str | Path) -> dict[str, Any]:
     :raises ValueError: if it is damaged, or of an unknown format
     """
     state = read_checkpoint(path)
+    with errors_named(str(path), "there is no way to read it"):
+        _check_run(state)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        state["logger"] = locate_logger(state["logger"], folder)
     if state["problems"]:
         warnings.warn(
             f"this resume is not bit-exact: environments start new episodes, for their state could not be saved "

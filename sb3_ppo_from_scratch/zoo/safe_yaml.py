@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_from_scratch.errors import UnsafeFileError
-from sb3_ppo_from_scratch.safe_files.archive import load_vec_normalize
+from sb3_ppo_from_scratch.safe_files.models import load_vec_normalize
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_call, safe_name
 
 __all__ = ["ConfigLoader", "read_safely"]
