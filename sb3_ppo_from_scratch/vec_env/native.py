@@ -14,6 +14,8 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_finals_of_vector_env
+
 __all__ = ["NativeVecEnv"]
 
 Infos = list[dict[str, Any]]
@@ -53,13 +55,14 @@ class NativeVecEnv(VecEnv):
         self.env = env
         self.autoreset_mode = _autoreset_mode(env)
         _check_batch_size(env)
+        keep_finals_of_vector_env(env)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         spec = getattr(env, "spec", None)
         self.spec = spec if hasattr(spec, "id") else None  # EnvPool's is of another kind
         self.info_keywords = info_keywords
         self._t_start = time.time()
         self._results_writer = self._open(filename)
-        self._obs_guard = _ObservationGuard()
+        self._obs_guard = ObservationGuard()
         self._actions = np.empty(0)
         self._begin_episodes()
 
@@ -93,7 +96,7 @@ class NativeVecEnv(VecEnv):
         self._reset_options()
         self._begin_episodes()
         self.reset_infos = _per_environment(info, self.num_envs)
-        self._obs_guard = _ObservationGuard()
+        self._obs_guard = ObservationGuard()
         return self._obs_guard(obs)
 
     def _next_seed(self) -> int | list[int | None] | None:
@@ -267,29 +270,6 @@ class NativeVecEnv(VecEnv):
         """One picture per environment, if ``render_mode`` is ``"rgb_array"``."""
         images = self.env.render() if self.render_mode == "rgb_array" else None
         return [None] * self.num_envs if images is None else list(images)  # type: ignore[arg-type]  # arrays in this mode
-
-
-class _ObservationGuard:
-    """
-    Passes observations on as they are, but copies them if the environment goes on writing into what it has handed out.
-
-    Whoever holds an observation may rely on it during the next step. Most environments hand out new arrays; those that do not
-    show it when two of their observations overlap. Until two steps have been compared, copies are made.
-    """
-
-    def __init__(self) -> None:
-        self._previous: list[np.ndarray] = []
-        self._compared = -2  # the first comparison is with a reset's, which may be handed out in another way
-        self._copies = False
-
-    def __call__(self, obs: VecEnvObs) -> VecEnvObs:
-        leaves: list[np.ndarray] = list(obs.values()) if isinstance(obs, dict) else [obs]  # type: ignore[list-item]  # no tuples
-        self._compared += 1
-        self._copies |= any(map(np.may_share_memory, leaves, self._previous))
-        self._previous = leaves
-        if self._compared > 0 and not self._copies:
-            return obs
-        return {key: value.copy() for key, value in obs.items()} if isinstance(obs, dict) else leaves[0].copy()
 
 
 def _autoreset_mode(env: VectorEnv) -> AutoresetMode:

@@ -100,6 +100,7 @@ class NumpyEngine(Engine):
 
     # ---------------------------------------------------------------- rollout
 
+    @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def act(self, obs: PyTorchObs) -> PolicyStep:
         """See :meth:`Engine.act`."""
         head = self._head
@@ -118,6 +119,7 @@ class NumpyEngine(Engine):
             th.from_numpy(head.parameters(given)),
         )
 
+    @np.errstate(all="ignore")
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """See :meth:`Engine.predict_values`."""
         return th.from_numpy(self._network.forward(self._features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
@@ -143,8 +145,8 @@ class NumpyEngine(Engine):
                 old_and_new = self._train_epoch(minibatches, config, stats)
                 if stats.stopped_early or stats.epochs == config.n_epochs:
                     break
-        if old_and_new:
-            stats.kl = sum(self._head.mean_kl(old, new) for old, new in old_and_new) / len(old_and_new)
+            if old_and_new:
+                stats.kl = sum(self._head.mean_kl(old, new) for old, new in old_and_new) / len(old_and_new)
         return stats
 
     def _train_epoch(
