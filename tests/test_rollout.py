@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
 from tests.envs import ClockEnv
 
 ASYMMETRIC = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
@@ -58,8 +58,8 @@ def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -
         asked.append(float(observation[0]))
         return 10 * th.from_numpy(observation)
 
-    rewards = np.ones(5)
-    bootstrap_time_limits(rewards, np.array([True, True, True, False, True]), infos, value, gamma=0.5)
+    rows = cut_short(np.array([True, True, True, False, True]), infos)
+    rewards = bootstrap_time_limits(np.ones(5), rows, infos, value, gamma=0.5)
     assert rewards.tolist() == [36.0, 1.0, 1.0, 1.0, 71.0]
     assert asked == [7.0, 14.0]
 
@@ -80,12 +80,24 @@ def test_trap_2_other_engines_may_be_asked_for_all_values_in_one_call(key: str |
         asked.append(batch.tolist())
         return 10 * batch[:, 0]
 
-    rewards = np.ones(4)
-    bootstrap_time_limits_at_once(rewards, np.array([True, True, True, False]), [*infos, {}], values, gamma=0.5)
+    rows = cut_short(np.array([True, True, True, False]), infos)
+    rewards = bootstrap_time_limits_at_once(np.ones(4), rows, [*infos, {}], values, gamma=0.5)
     assert rewards.tolist() == [36.0, 1.0, 71.0, 1.0]
     assert asked == [[[7.0], [14.0]]]
-    bootstrap_time_limits_at_once(rewards, np.zeros(4, bool), [{}] * 4, values, gamma=0.5)
-    assert len(asked) == 1
+    assert cut_short(np.zeros(4, bool), [{}] * 4) == []
+
+
+@pytest.mark.parametrize("bootstrap", [bootstrap_time_limits, bootstrap_time_limits_at_once])
+@pytest.mark.parametrize("kind", ["int64", "bool", "read-only", "float16", "float32", "float64"])
+def test_rewards_of_any_kind_take_a_value_and_stay_the_environments_own(bootstrap: Any, kind: str) -> None:
+    rewards = np.ones(2, np.float32 if kind == "read-only" else kind)
+    rewards.setflags(write=kind != "read-only")
+    infos = [{"terminal_observation": np.array([0.5], np.float32), "TimeLimit.truncated": True}, {}]
+    values = (lambda obs: th.from_numpy(obs)) if bootstrap is bootstrap_time_limits else (lambda obs: obs[:, 0])
+    got = bootstrap(rewards, [0], infos, values, gamma=0.9)
+    assert got.tolist() == pytest.approx([1.45, 1.0], rel=1e-3)
+    assert got.dtype == (rewards.dtype if rewards.dtype.kind == "f" else np.float32)
+    assert rewards.tolist() == [1, 1]
 
 
 def clock_model(truncated: bool, **kwargs: Any) -> tuple[ScratchPPO, ClockEnv]:

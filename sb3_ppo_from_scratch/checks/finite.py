@@ -154,7 +154,7 @@ def check_rollout(buffer: RolloutBuffer) -> None:
     for name in ("values", "log_probs", "rewards", "advantages", "returns"):
         array: Any = getattr(buffer, name, None)  # a class of the user's may keep others
         if isinstance(array, np.ndarray) and not np.isfinite(array).all():
-            step, env = np.argwhere(~np.isfinite(array))[0].tolist()
+            step, env, *_ = np.argwhere(~np.isfinite(array))[0].tolist()
             _raise_at(name, array[step, env], [], env, step, "policy" if name in ("values", "log_probs") else "update")
 
 
