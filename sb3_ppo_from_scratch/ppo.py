@@ -693,8 +693,8 @@ class ScratchPPO(OnPolicyAlgorithm):
             env = self._wrap_env(env, self.verbose)
             if env.num_envs != self.n_envs:  # SB3 asserts it
                 raise ValueError(
-                    f"env must have as many environments as the model ({env.num_envs} != {self.n_envs}); load(path, env=env) "
-                    "takes another number"
+                    f"env must have the number of environments that the model has ({env.num_envs} != {self.n_envs}); "
+                    "load(path, env=env) takes another number"
                 )
             super().set_env(env, force_reset=force_reset)
         self._guard = None

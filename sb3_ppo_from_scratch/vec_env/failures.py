@@ -106,9 +106,7 @@ def explain_failure(env: VecEnv, error: BaseException) -> EnvFailedError:
     frames = list(_frames_of(error.__traceback__))
     inner = _inner(env)
     if isinstance(inner, _IN_PROCESSES) and inner.closed:
-        return EnvFailedError(
-            f"the {type(inner).__name__} is closed, its processes have ended: make it anew, and set_env(...)"
-        )
+        return EnvFailedError(f"the {type(inner).__name__} is closed: make it anew, and give it to set_env(env)")
     if isinstance(inner, _IN_PROCESSES) and isinstance(error, _LOST):
         return _explain_end(inner)
     calls = [frame.f_code.co_name.partition("_")[0] for frame in frames if _runs_environments(frame, error)]
@@ -270,12 +268,7 @@ class _Workers:
     def last_words(self, index: int) -> str:
         """The last traceback that a worker has written, and what came after it; empty if there is none."""
         with contextlib.suppress(OSError):
-            return (
-                Path(self.file(index))
-                .read_text(encoding="utf-8")
-                .partition("Traceback (most recent call last):\n")[2]
-                .rstrip()
-            )
+            return Path(self.file(index)).read_text(encoding="utf-8").rstrip()
         return ""
 
 
