@@ -231,6 +231,11 @@ class ScratchPPO(OnPolicyAlgorithm):
             raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
         return self.policy_aliases[policy_name]
 
+    @property
+    def _policy_name(self) -> str:
+        names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
+        return names.get(self.policy_class, self.policy_class.__name__)
+
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
         self._check_arguments()
@@ -239,7 +244,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         self.set_random_seed(self.seed)
-        with errors_for_assertions(f"policy {self.policy_class.__name__} with the observation space {self.observation_space}"):
+        with errors_for_assertions(f"policy {self._policy_name!r} with the observation space {self.observation_space}"):
             policy = self.policy_class(
                 self.observation_space,
                 self.action_space,
@@ -278,7 +283,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         check_observation_space(self.observation_space)
         check_action_space(self.action_space)
         if "features_extractor_class" not in self.policy_kwargs and self.policy_class in self.policy_aliases.values():
-            check_readable(self.policy_class.__name__, self.policy_class is MultiInputPolicy, self.observation_space)
+            check_readable(self._policy_name, self.policy_class is MultiInputPolicy, self.observation_space)
         if self.policy_kwargs.get("squash_output") and not self.use_sde:
             raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
         check_nan_observations(self.nan_observations, self.observation_space)

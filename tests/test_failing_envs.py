@@ -161,12 +161,10 @@ def early(**failing: Any) -> list[Any]:
     return [FailingEarly, partial(FailingEarly, **failing), FailingEarly]
 
 
-METHODS = ["fork", pytest.param("forkserver", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("dies", [False, True], ids=["raises", "dies"])
+@pytest.mark.parametrize(
+    ("method", "index", "dies"),
+    [("fork", 0, False), ("fork", 1, False), ("fork", 1, True), pytest.param("spawn", 1, False, marks=pytest.mark.slow)],
+)
 def test_a_constructor_that_fails(method: str, index: int, dies: bool) -> None:
     fns = [partial(FailingEarly, *(("constructor", dies) if i == index else ())) for i in range(3)]
     with pytest.raises(EnvFailedError, match=f"environment {index} failed: its process ended") as failed:
@@ -175,8 +173,9 @@ def test_a_constructor_that_fails(method: str, index: int, dies: bool) -> None:
     assert ("LookupError: no constructor today" in str(failed.value)) is not dies
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dies", [False, True], ids=["raises", "dies"])
+@pytest.mark.parametrize(
+    ("method", "dies"), [("fork", False), ("fork", True), pytest.param("forkserver", False, marks=pytest.mark.slow)]
+)
 def test_a_first_reset_that_fails(method: str, dies: bool) -> None:
     env = SubprocVecEnv(early(where="reset", dies=dies), start_method=method)
     error = learn_until_it_fails(env)
