@@ -56,6 +56,7 @@ from sb3_ppo_from_scratch.engines import (
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.archive import check_weights, safe_archive, weights_archive
 from sb3_ppo_from_scratch.update import NAN_POLICIES, UpdateStats
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
@@ -733,10 +734,12 @@ class ScratchPPO(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
         """
         check_flag("allow_pickle", allow_pickle)
-        if not allow_pickle:
-            path, custom_objects = safe_archive(path, custom_objects, cls)
-        kwargs["_may_replace_engine"] = "engine" not in kwargs
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with errors_name_the_algorithm(path):
+            if not allow_pickle:
+                path, custom_objects = safe_archive(path, custom_objects, cls)
+                warn_of_defaults(custom_objects)
+            kwargs["_may_replace_engine"] = "engine" not in kwargs
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def set_parameters(
         self,
