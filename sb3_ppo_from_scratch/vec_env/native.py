@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -38,7 +41,8 @@ class NativeVecEnv(VecEnv):
     An environment that reports an end and then goes on with the same episode (ALE's ``life_loss_info``) fits no mode.
 
     :param env: the vector environment; those that return only a part of the environments per step are not supported
-    :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file
+    :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file. A file
+        that is there already is kept under another name, with a warning.
     :param info_keywords: entries of an episode's last ``info`` to add to its ``infos[i]["episode"]`` and to the file
     :raises TypeError: if ``env`` is no ``VectorEnv``
     :raises ValueError: if it does not say how it begins the next episode, or steps only a part of its environments
@@ -69,6 +73,7 @@ class NativeVecEnv(VecEnv):
     def _open(self, filename: str | None) -> ResultsWriter | None:
         if filename is None:
             return None
+        _set_aside(filename)
         header: dict[str, float | str] = {"t_start": self._t_start, "env_id": str(None if self.spec is None else self.spec.id)}
         return ResultsWriter(filename, header=header, extra_keys=self.info_keywords)
 
@@ -270,6 +275,17 @@ class NativeVecEnv(VecEnv):
         """One picture per environment, if ``render_mode`` is ``"rgb_array"``."""
         images = self.env.render() if self.render_mode == "rgb_array" else None
         return [None] * self.num_envs if images is None else list(images)  # type: ignore[arg-type]  # arrays in this mode
+
+
+def _set_aside(filename: str) -> None:
+    """``ResultsWriter`` begins its file anew: an earlier run's episodes get a name that SB3's plots pass over."""
+    path = Path(filename)  # what SB3 makes of it
+    if not filename.endswith(Monitor.EXT):
+        path = path / Monitor.EXT if path.is_dir() else Path(f"{filename}.{Monitor.EXT}")
+    if path.is_file() and path.stat().st_size > 0:
+        kept = next(other for i in itertools.count(1) if not (other := Path(f"{path}.{i}")).exists())
+        path.rename(kept)
+        warnings.warn(f"{path} holds episodes of an earlier run, which are kept as {kept}", stacklevel=4)
 
 
 def _autoreset_mode(env: VectorEnv) -> AutoresetMode:
