@@ -436,7 +436,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         )
         iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         callback.on_training_start(locals(), globals())
-        resumed.restore_run(self, callback)
+        with explained_failures():
+            resumed.restore_run(self, callback)
         self._train_until(total_timesteps, callback, log_interval, iteration, resumed=True)
         return self
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.vec_env.memory import own_copy
 from tests.envs import ClockEnv
 
 ASYMMETRIC = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
@@ -218,6 +219,16 @@ def test_one_array_for_ever_is_as_good_as_new_ones(kind: str, n_buffers: int, en
     got = learn(Reusing(kind, n_buffers))
     assert [obs for obs, *_ in got] == [list(range(first, first + 8)) for first in (0, 8, 16)]
     assert got == learn(Reusing(kind, n_buffers, fresh=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 8, 6, 1), (4, 1, 8, 1), (3, 1, 1, 1), (2, 8, 1, 2)])
+def test_copies_of_images_stay_channels_last(shape: tuple[int, ...]) -> None:
+    """Or else SB3's convolutions would sum in another order."""
+    seen = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape).transpose(0, 3, 1, 2)
+    copy = own_copy(seen)
+    assert copy.strides == seen.strides
+    assert not np.shares_memory(copy, seen)
+    assert np.array_equal(copy, seen)
 
 
 def test_episodes_go_on_from_one_rollout_to_the_next() -> None:

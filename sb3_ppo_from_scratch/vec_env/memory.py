@@ -43,10 +43,23 @@ class ObservationGuard:
 
 
 def own_copy(obs: Any) -> Any:
-    """An observation, or a batch of them, in memory of its own: an array, or a dict of arrays."""
+    """
+    An observation, or a batch of them, in memory of its own: an array, or a dict of arrays.
+
+    The order in memory stays, for a network's bits depend on it: SB3 shows images transposed, channels last in memory.
+    """
     if isinstance(obs, dict):
         return {key: own_copy(value) for key, value in obs.items()}
-    return obs.copy() if isinstance(obs, np.ndarray) else obs
+    return _copy_in_order(obs) if isinstance(obs, np.ndarray) else obs
+
+
+def _copy_in_order(array: np.ndarray) -> np.ndarray:
+    """``copy(order="K")`` is free to put axes of length 1 anywhere; torch reads from their strides whether channels are last."""
+    copy = array.copy(order="K")
+    if copy.strides != array.strides:
+        order = sorted(range(array.ndim), key=lambda axis: (-array.strides[axis], -array.shape[axis]))
+        copy = array.transpose(order).copy().transpose(np.argsort(order))
+    return copy
 
 
 # ------------------------------------------------------- final observations, which a reset may write over
