@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
@@ -23,29 +22,33 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
+from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_device,
     check_flag,
     check_integer,
+    check_nan_observations,
     check_number,
     check_observation_space,
+    check_readable,
     check_scheduled,
+    check_trainable_actions,
     errors_for_assertions,
     resolve_schedule,
 )
-from sb3_ppo_from_scratch.checks.finite import check_rollout, check_step
+from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
 from sb3_ppo_from_scratch.engines import PRECISIONS, Engine, choose_engine, has_bf16_instructions
-from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
     check_schedules_read,
     check_weights,
@@ -57,7 +60,8 @@ from sb3_ppo_from_scratch.safe_files.models import (
 )
 from sb3_ppo_from_scratch.update import NAN_POLICIES, PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
-from sb3_ppo_from_scratch.vec_env.failures import step_environments
+from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_observations
 
 __all__ = ["ScratchPPO"]
 
@@ -112,6 +116,9 @@ class ScratchPPO(OnPolicyAlgorithm):
         that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
+    :param nan_observations: where NaN in observations stands for what is missing, and the network knows: ``True``, or the keys
+        of a Dict space; ``False`` for nowhere. By default it is an error, unless a network of your own makes finite numbers
+        of it, which is a warning. Infinity is always an error.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -157,6 +164,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         engine: str = "auto",
         precision: str = "fp32",
         nan_policy: str = "raise",
+        nan_observations: bool | Collection[str] | None = None,
     ):
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
@@ -196,30 +204,44 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.engine = engine
         self.precision = precision
         self.nan_policy = nan_policy
+        self.nan_observations = nan_observations
+        self._nan_understood: set[str] = set()
+        self._guard: ObservationGuard | None = None
         self._engine: Engine | None = None
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
         if _init_setup_model:
             self._setup_model()
+            self._check_trainable()
             self._check_rollout_size()
 
     # ------------------------------------------------------------------ set-up
 
     @staticmethod
     def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, and SB3's wrappers learn of its reset rows."""
+        """
+        As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, final
+        observations are kept as they are, and processes are watched from now on.
+        """
         if isinstance(env, VectorEnv):
             if verbose >= 1:
                 print("Wrapping the env in a NativeVecEnv.")
             env = NativeVecEnv(env)
-        return mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper))
+        env = keep_final_observations(mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)))
+        watch_workers(env)
+        return env
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         if policy_name not in self.policy_aliases:
             names = ", ".join(map(repr, self.policy_aliases))
             raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
         return self.policy_aliases[policy_name]
+
+    @property
+    def _policy_name(self) -> str:
+        names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
+        return names.get(self.policy_class, self.policy_class.__name__)
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
@@ -229,7 +251,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         self.set_random_seed(self.seed)
-        with errors_for_assertions(f"policy {self.policy_class.__name__}"):
+        with errors_for_assertions(f"policy {self._policy_name!r} with the observation space {self.observation_space}"):
             policy = self.policy_class(
                 self.observation_space,
                 self.action_space,
@@ -259,14 +281,23 @@ class ScratchPPO(OnPolicyAlgorithm):
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=4)
             self.engine = "auto"
 
+    def _plain_numbers(self) -> None:
+        """NumPy's integers and floats as Python's, which ``random.seed``, SB3's schedules and saved files understand."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.integer | np.floating):
+                setattr(self, name, value.item())
+
     def _check_arguments(self) -> None:
         if not hasattr(self, "observation_space"):
             raise ValueError("env must be an environment or the name of one, not None (only load() can do without)")
+        self._plain_numbers()
         check_observation_space(self.observation_space)
         check_action_space(self.action_space)
-        reads_dicts = self.policy_class is not SharedMlpPolicy or "features_extractor_class" in self.policy_kwargs
-        if isinstance(self.observation_space, spaces.Dict) and not reads_dicts:
-            raise ValueError("policy must be 'MultiInputPolicy' for a Dict observation space, not 'SharedMlpPolicy'")
+        if "features_extractor_class" not in self.policy_kwargs and self.policy_class in self.policy_aliases.values():
+            check_readable(self._policy_name, self.policy_class is MultiInputPolicy, self.observation_space)
+        if self.policy_kwargs.get("squash_output") and not self.use_sde:
+            raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
+        check_nan_observations(self.nan_observations, self.observation_space)
         check_flag("normalize_advantage", self.normalize_advantage)
         check_integer("n_steps", self.n_steps, 1)
         check_integer("n_epochs", self.n_epochs, 1)
@@ -298,6 +329,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         buffer_class = self.rollout_buffer_class
         if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
             raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
+
+    def _check_trainable(self) -> None:
+        """What only training asks for: models may predict whose actions cannot be learned. The buffer follows ``n_steps``."""
+        check_trainable_actions(self.action_space)
+        check_integer("n_steps", self.n_steps, 1)
+        buffer = self.__dict__.get("rollout_buffer")
+        if buffer is not None and buffer.buffer_size != self.n_steps:  # it has been changed since the last learn
+            del self.__dict__["rollout_buffer"]
 
     def _check_rollout_size(self) -> None:
         """Not on ``load``: whoever loads a model to watch it gives it one environment, and never trains it."""
@@ -430,7 +469,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         )
         iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         callback.on_training_start(locals(), globals())
-        resumed.restore_run(self, callback)
+        with explained_failures():
+            resumed.restore_run(self, callback)
         self._train_until(total_timesteps, callback, log_interval, iteration, resumed=True)
         return self
 
@@ -440,14 +480,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
-        with self._engine_released(), guarded_training(self, callback, resumed) as checkpoints:
+        with self._engine_released(), guarded_training(self, callback, resumed) as checkpoints, explained_failures():
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
                     checkpoint.at_boundary()
                 start = time.perf_counter()
                 try:
                     complete = self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps)
-                except NonFiniteError:
+                except BaseException:
                     self._last_obs = None  # whatever state the environments are in, the next learn resets them
                     raise
                 if not complete:
@@ -470,7 +510,49 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
-        return super()._setup_learn(*args, **kwargs)
+        self._check_trainable()
+        before, check = self._last_obs, self._step_check(self.env)
+        check.before_step()
+        with explained_failures():
+            prepared = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not before:
+            self._guard = None
+            try:
+                check(self._last_obs, None, 0)
+            except ValueError:
+                self._last_obs = None
+                raise
+        return prepared
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        callback = super()._init_callback(callback, progress_bar)
+        for each in all_callbacks(callback):
+            for env in vars(each).values():  # those to evaluate in, say
+                if isinstance(env, VecEnv):
+                    watch_workers(env)
+        return callback
+
+    def _step_check(self, env: VecEnv) -> StepCheck:
+        return StepCheck(env, self.observation_space, self._may_be_nan)
+
+    def _may_be_nan(self, key: str, obs: Any) -> bool:
+        """Whether NaN may stand in the observations of a key (empty where there are none)."""
+        if self.nan_observations is None:
+            return key in self._nan_understood or self._makes_sense_of(key, obs)
+        return self.nan_observations is True or (self.nan_observations is not False and key in self.nan_observations)
+
+    def _makes_sense_of(self, key: str, obs: Any) -> bool:
+        """A network of SB3's makes NaN of NaN; one of the user's that does not has been written for it."""
+        with th.no_grad():
+            values = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])
+        if th.isfinite(values).all():
+            self._nan_understood.add(key)
+            warnings.warn(
+                f"there is NaN in the observations{f' {key!r}' if key else ''}, and the network makes finite numbers of it. "
+                "If it is meant to, say so: nan_observations=True, or a list of keys; False makes NaN an error",
+                stacklevel=6,
+            )
+        return key in self._nan_understood
 
     def collect_rollouts(
         self,
@@ -499,6 +581,10 @@ class ScratchPPO(OnPolicyAlgorithm):
         unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
         is_users = not unwatched and holds_users_code(callback)
+        check = self._step_check(env)
+        if self._guard is None:
+            self._guard = ObservationGuard()
+            self._last_obs = self._guard(self._last_obs)
         self.policy.set_training_mode(False)
         n_steps = 0
         rollout_buffer.reset()
@@ -508,29 +594,34 @@ class ScratchPPO(OnPolicyAlgorithm):
         rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda  # a callback may have changed them
         engine = self._current_engine()
         engine.begin_rollout()
-        check_step(self._last_obs, None, 0)
+        check(self._last_obs, None, 0)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            obs_tensor = observe(self._last_obs)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
-            actions, values, log_probs, dist_params = engine.act(obs_tensor)
+            obs_tensor = observe(self._last_obs)
+            actions, values, log_probs, dist_params = self._ask(engine.act, self._last_obs, obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
-            new_obs, rewards, dones, infos = step_environments(env, clipped_actions)
+            check.before_step()
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs = self._guard(new_obs)
             reset_rows = None if native is None else native.reset_rows
-            check_step(new_obs, rewards, n_steps)  # type: ignore[arg-type]  # not a tuple: the spaces were checked
+            check(new_obs, rewards, n_steps)
 
             self.num_timesteps += env.num_envs
             if not unwatched:
                 callback.update_locals(locals())
-            if not callback.on_step():
+            if not goes_on(callback):
                 return False
             if is_users:
                 engine = self._engine_after_callback(engine)
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
-            self._bootstrap(engine, rewards, dones, infos)
+            if rows := cut_short(dones, infos):
+                for row in rows:
+                    check.final(infos[row]["terminal_observation"], row, n_steps - 1)
+                rewards = self._bootstrap(engine, rewards, rows, infos)
             valid = None
             if reset_rows is not None and reset_rows.any():
                 valid = ~reset_rows
@@ -541,10 +632,10 @@ class ScratchPPO(OnPolicyAlgorithm):
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
                 ours.add(*step, dist_params, valid, self.row_extras(infos))  # type: ignore[arg-type]  # likewise
-            self._last_obs = new_obs  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
-            self._last_episode_starts = dones
+            self._last_obs = new_obs
+            self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
 
-        values = engine.predict_values(observe(new_obs))  # type: ignore[arg-type]  # likewise
+        values = self._ask(engine.predict_values, new_obs, observe(new_obs))  # type: ignore[arg-type]  # no tuple
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
         callback.update_locals(locals())
@@ -560,17 +651,26 @@ class ScratchPPO(OnPolicyAlgorithm):
         """
         return {}
 
-    def _bootstrap(self, engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: PyTorchObs) -> Any:
+        """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
+        try:
+            return question(prepared)
+        except (RuntimeError, IndexError) as error:
+            reason = why_no_answer(self.policy, self.observation_space, obs)
+            if reason is None:
+                raise
+            raise reason from error
+
+    def _bootstrap(self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]]) -> np.ndarray:
         def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
             """``[batch_size, 1]``, or ``[1, 1]`` of one unbatched observation."""
-            return engine.predict_values(self.policy.obs_to_tensor(observations)[0])
+            return self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
 
         if engine.batched_bootstrap:
-            bootstrap_time_limits_at_once(
-                rewards, dones, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
+            return bootstrap_time_limits_at_once(
+                rewards, rows, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
             )
-        else:
-            bootstrap_time_limits(rewards, dones, infos, lambda final: values_of(final)[0], self.gamma)
+        return bootstrap_time_limits(rewards, rows, infos, lambda final: values_of(final)[0], self.gamma)
 
     def train(self) -> None:
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
@@ -658,7 +758,14 @@ class ScratchPPO(OnPolicyAlgorithm):
         :raises ValueError: if its spaces or its number do not match the model's
         """
         with errors_for_assertions("env"):
+            env = self._wrap_env(env, self.verbose)
+            if env.num_envs != self.n_envs:  # SB3 asserts it
+                raise ValueError(
+                    f"env must have the number of environments that the model has ({env.num_envs} != {self.n_envs}); "
+                    "load(path, env=env) takes another number"
+                )
             super().set_env(env, force_reset=force_reset)
+        self._guard = None
 
     @classmethod
     def load(
@@ -690,13 +797,15 @@ class ScratchPPO(OnPolicyAlgorithm):
         """
         check_flag("allow_pickle", allow_pickle)
         kwargs["_may_replace_engine"] = "engine" not in kwargs
-        if allow_pickle:
-            custom_objects = moved_fields(path, custom_objects)
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        file = safe_archive(path, custom_objects, cls)
-        with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
-            model = super().load(file.archive, env, device, file.fields, print_system_info, force_reset, **kwargs)
-            return finish_load(model, file, kwargs)
+        with errors_name_the_algorithm(path):
+            if allow_pickle:
+                custom_objects = moved_fields(path, custom_objects)
+                return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            file = safe_archive(path, custom_objects, cls)
+            warn_of_defaults(file.fields)
+            with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
+                model = super().load(file.archive, env, device, file.fields, print_system_info, force_reset, **kwargs)
+                return finish_load(model, file, kwargs)
 
     def set_parameters(
         self,
@@ -720,7 +829,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_engine", "_may_replace_engine", "_resumed", "_scheduled_rate", "_train_metrics", "_warned_of_skipped"]
+        ours = ["_engine", "_guard", "_may_replace_engine", "_nan_understood", "_resumed", "_scheduled_rate", "_train_metrics"]
+        ours.append("_warned_of_skipped")
         return [*super()._excluded_save_params(), *ours]
 
     @classmethod
@@ -760,7 +870,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         check_schedules_read(model)
         model.observation_space, model.action_space = env.observation_space, env.action_space  # whose generators go on
         model._resumed = Resumed(state, allow_pickle)
-        model._resumed.restore_env(model)
+        with explained_failures():
+            model._resumed.restore_env(model)
         return model
 
 

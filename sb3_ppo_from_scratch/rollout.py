@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-__all__ = ["bootstrap_time_limits", "bootstrap_time_limits_at_once", "to_env_actions"]
+__all__ = ["bootstrap_time_limits", "bootstrap_time_limits_at_once", "cut_short", "to_env_actions"]
 
 
 def to_env_actions(actions: np.ndarray, action_space: spaces.Space, policy: ActorCriticPolicy) -> np.ndarray:
@@ -31,59 +31,73 @@ def to_env_actions(actions: np.ndarray, action_space: spaces.Space, policy: Acto
     return np.clip(actions, action_space.low, action_space.high)
 
 
-def bootstrap_time_limits(
-    rewards: np.ndarray,
-    dones: np.ndarray,
-    infos: list[dict[str, Any]],
-    predict_value: Callable[[Any], Any],
-    gamma: float,
-) -> None:
-    r"""
-    Where an episode was cut by a time limit, add what would have followed, in place:
-    :math:`r_t \leftarrow r_t + \gamma V(s_{final})`.
+def cut_short(dones: np.ndarray, infos: list[dict[str, Any]]) -> list[int]:
+    """
+    The environments whose episode was cut by a time limit in this step.
 
-    The value is of the *final* observation (``infos[i]["terminal_observation"]``), never of the one that the environment
-    was reset to; advantages are cut there all the same (SB3 issues 633 and 651). One environment at a time, as SB3 does: a
-    batched call may round differently.
-
-    :param rewards: ``[n_envs]``, changed in place
     :param dones: ``[n_envs]``
     :param infos: one dict per environment, as ``VecEnv.step`` returns them
-    :param predict_value: from one unbatched observation to its value, shape ``[1]``
-    :param gamma: discount factor
     """
-    for index in _cut_short(dones, infos):
-        rewards[index] += gamma * predict_value(infos[index]["terminal_observation"])
-
-
-def bootstrap_time_limits_at_once(
-    rewards: np.ndarray,
-    dones: np.ndarray,
-    infos: list[dict[str, Any]],
-    predict_values: Callable[[Any], np.ndarray],
-    gamma: float,
-) -> None:
-    """
-    :func:`bootstrap_time_limits` with one call for all environments, the same up to rounding.
-
-    :param rewards: as there
-    :param dones: as there
-    :param infos: as there
-    :param predict_values: from a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``
-    :param gamma: as there
-    """
-    rows = _cut_short(dones, infos)
-    if rows:
-        finals = [infos[index]["terminal_observation"] for index in rows]
-        is_dict = isinstance(finals[0], dict)
-        batch = {key: np.stack([final[key] for final in finals]) for key in finals[0]} if is_dict else np.stack(finals)
-        rewards[rows] += gamma * predict_values(batch)
-
-
-def _cut_short(dones: np.ndarray, infos: list[dict[str, Any]]) -> list[int]:
-    """The environments whose episode was cut by a time limit."""
     return [
         index
         for index in np.asarray(dones).nonzero()[0].tolist()
         if infos[index].get("terminal_observation") is not None and infos[index].get("TimeLimit.truncated", False)
     ]
+
+
+def bootstrap_time_limits(
+    rewards: np.ndarray,
+    rows: list[int],
+    infos: list[dict[str, Any]],
+    predict_value: Callable[[Any], Any],
+    gamma: float,
+) -> np.ndarray:
+    r"""
+    Where an episode was cut by a time limit, add what would have followed: :math:`r_t \leftarrow r_t + \gamma V(s_{final})`.
+
+    The value is of the *final* observation (``infos[i]["terminal_observation"]``), never of the one that the environment
+    was reset to; advantages are cut there all the same (SB3 issues 633 and 651). One environment at a time, as SB3 does: a
+    batched call may round differently. What SB3 does otherwise: it adds to the environment's own array, which may be
+    read-only or handed out again, and into an array of integers, which rounds the value away.
+
+    :param rewards: ``[n_envs]``
+    :param rows: of :func:`cut_short`
+    :param infos: one dict per environment, as ``VecEnv.step`` returns them
+    :param predict_value: from one unbatched observation to its value, shape ``[1]``
+    :param gamma: discount factor
+    :return: ``[n_envs]``, rewards in an array of their own
+    """
+    rewards = _reals(rewards)
+    for index in rows:
+        rewards[index] += gamma * predict_value(infos[index]["terminal_observation"])
+    return rewards
+
+
+def bootstrap_time_limits_at_once(
+    rewards: np.ndarray,
+    rows: list[int],
+    infos: list[dict[str, Any]],
+    predict_values: Callable[[Any], np.ndarray],
+    gamma: float,
+) -> np.ndarray:
+    """
+    :func:`bootstrap_time_limits` with one call for all environments, the same up to rounding.
+
+    :param rewards: as there
+    :param rows: as there, at least one
+    :param infos: as there
+    :param predict_values: from a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``
+    :param gamma: as there
+    :return: as there
+    """
+    rewards = _reals(rewards)
+    finals = [infos[index]["terminal_observation"] for index in rows]
+    is_dict = isinstance(finals[0], dict)
+    batch = {key: np.stack([final[key] for final in finals]) for key in finals[0]} if is_dict else np.stack(finals)
+    rewards[rows] += gamma * predict_values(batch)
+    return rewards
+
+
+def _reals(rewards: np.ndarray) -> np.ndarray:
+    """A copy that can hold a value; the precision of floats stays."""
+    return np.array(rewards, dtype=rewards.dtype if rewards.dtype.kind == "f" else np.float32)

@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"errors", "advantages", "losses", "distributions", "policies", "hyperparams"},
     {"checks.arguments", "rollout"},
     {"buffer"},
-    {"checks.finite", "safe_files"},
+    {"checks.finite", "checks.answers", "safe_files"},
     {"update", "vec_env"},
     {"engines", "checkpoint"},
     {"ppo"},

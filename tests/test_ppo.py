@@ -73,7 +73,12 @@ def test_constructor_is_sb3s_and_more_at_the_end() -> None:
     ours = list(inspect.signature(ScratchPPO.__init__).parameters.values())
     shared = ours[: len(theirs)]
     assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
-    assert {p.name: p.default for p in ours[len(theirs) :]} == {"engine": "auto", "precision": "fp32", "nan_policy": "raise"}
+    assert {p.name: p.default for p in ours[len(theirs) :]} == {
+        "engine": "auto",
+        "precision": "fp32",
+        "nan_policy": "raise",
+        "nan_observations": None,
+    }
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)
 

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.vec_env.memory import own_copy
 from tests.envs import ClockEnv
 
 ASYMMETRIC = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32))
@@ -58,8 +61,8 @@ def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -
         asked.append(float(observation[0]))
         return 10 * th.from_numpy(observation)
 
-    rewards = np.ones(5)
-    bootstrap_time_limits(rewards, np.array([True, True, True, False, True]), infos, value, gamma=0.5)
+    rows = cut_short(np.array([True, True, True, False, True]), infos)
+    rewards = bootstrap_time_limits(np.ones(5), rows, infos, value, gamma=0.5)
     assert rewards.tolist() == [36.0, 1.0, 1.0, 1.0, 71.0]
     assert asked == [7.0, 14.0]
 
@@ -80,12 +83,24 @@ def test_trap_2_other_engines_may_be_asked_for_all_values_in_one_call(key: str |
         asked.append(batch.tolist())
         return 10 * batch[:, 0]
 
-    rewards = np.ones(4)
-    bootstrap_time_limits_at_once(rewards, np.array([True, True, True, False]), [*infos, {}], values, gamma=0.5)
+    rows = cut_short(np.array([True, True, True, False]), infos)
+    rewards = bootstrap_time_limits_at_once(np.ones(4), rows, [*infos, {}], values, gamma=0.5)
     assert rewards.tolist() == [36.0, 1.0, 71.0, 1.0]
     assert asked == [[[7.0], [14.0]]]
-    bootstrap_time_limits_at_once(rewards, np.zeros(4, bool), [{}] * 4, values, gamma=0.5)
-    assert len(asked) == 1
+    assert cut_short(np.zeros(4, bool), [{}] * 4) == []
+
+
+@pytest.mark.parametrize("bootstrap", [bootstrap_time_limits, bootstrap_time_limits_at_once])
+@pytest.mark.parametrize("kind", ["int64", "bool", "read-only", "float16", "float32", "float64"])
+def test_rewards_of_any_kind_take_a_value_and_stay_the_environments_own(bootstrap: Any, kind: str) -> None:
+    rewards = np.ones(2, np.float32 if kind == "read-only" else kind)
+    rewards.setflags(write=kind != "read-only")
+    infos = [{"terminal_observation": np.array([0.5], np.float32), "TimeLimit.truncated": True}, {}]
+    values = (lambda obs: th.from_numpy(obs)) if bootstrap is bootstrap_time_limits else (lambda obs: obs[:, 0])
+    got = bootstrap(rewards, [0], infos, values, gamma=0.9)
+    assert got.tolist() == pytest.approx([1.45, 1.0], rel=1e-3)
+    assert got.dtype == (rewards.dtype if rewards.dtype.kind == "f" else np.float32)
+    assert rewards.tolist() == [1, 1]
 
 
 def clock_model(truncated: bool, **kwargs: Any) -> tuple[ScratchPPO, ClockEnv]:
@@ -129,6 +144,91 @@ def test_trap_6_the_log_probability_is_that_of_the_stored_action(monkeypatch: py
     with th.no_grad():
         _, log_prob, _ = model.policy.evaluate_actions(data.observations, data.actions)
     th.testing.assert_close(log_prob, data.old_log_prob)
+
+
+class Reusing(VecEnv):
+    """Two environments that observe their clock; whatever it hands out is one of ``n_buffers`` arrays, written over."""
+
+    def __init__(self, kind: str = "box", n_buffers: int = 1, fresh: bool = False):
+        box = spaces.Box(-1, 1000, (3,), np.float32)
+        super().__init__(2, spaces.Dict(clock=box) if kind == "dict" else box, spaces.Discrete(2))
+        self.buffers = [np.zeros((2, 3), np.float32) for _ in range(n_buffers)]
+        self.rewards, self.dones = np.ones(2, np.float32), np.zeros(2, bool)
+        self.fresh = fresh
+        self.t = 0
+
+    def observe(self) -> Any:
+        obs = self.buffers[self.t % len(self.buffers)]
+        obs[:] = self.t
+        obs = obs.copy() if self.fresh else obs
+        return {"clock": obs} if isinstance(self.observation_space, spaces.Dict) else obs
+
+    def reset(self) -> Any:
+        return self.observe()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        pass
+
+    def step_wait(self) -> Any:
+        self.t += 1
+        self.dones[:] = self.t % 5 == 0
+        info = {"TimeLimit.truncated": True, "terminal_observation": self.observation_space.sample()} if self.dones[0] else {}
+        rewards, dones = (array.copy() if self.fresh else array for array in (self.rewards, self.dones))
+        return self.observe(), rewards, dones, [dict(info), dict(info)]
+
+    def close(self) -> None:
+        pass
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [None, None]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        pass
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        return [None, None]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False, False]
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+@pytest.mark.parametrize("n_buffers", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_one_array_for_ever_is_as_good_as_new_ones(kind: str, n_buffers: int, engine: str) -> None:
+    """The buffer holds what was acted on, in several rollouts, and every array besides observations is read in time."""
+    held = []
+
+    class Looking(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer = self.model.rollout_buffer
+            obs = buffer.observations["clock"] if kind == "dict" else buffer.observations
+            held.append((obs[:, 0, 0].tolist(), buffer.rewards.tolist(), buffer.episode_starts.tolist()))
+
+    def learn(env: VecEnv) -> Any:
+        held.clear()
+        env.observation_space.seed(0)
+        policy = "MultiInputPolicy" if kind == "dict" else "MlpPolicy"
+        model = ScratchPPO(policy, env, engine=engine, n_steps=8, batch_size=16, n_epochs=1, gamma=0.9, seed=1, device="cpu")
+        model.learn(48, Looking())
+        return list(held)
+
+    got = learn(Reusing(kind, n_buffers))
+    assert [obs for obs, *_ in got] == [list(range(first, first + 8)) for first in (0, 8, 16)]
+    assert got == learn(Reusing(kind, n_buffers, fresh=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 8, 6, 1), (4, 1, 8, 1), (3, 1, 1, 1), (2, 8, 1, 2)])
+def test_copies_of_images_stay_channels_last(shape: tuple[int, ...]) -> None:
+    """Or else SB3's convolutions would sum in another order."""
+    seen = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape).transpose(0, 3, 1, 2)
+    copy = own_copy(seen)
+    assert copy.strides == seen.strides
+    assert not np.shares_memory(copy, seen)
+    assert np.array_equal(copy, seen)
 
 
 def test_episodes_go_on_from_one_rollout_to_the_next() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -726,3 +727,15 @@ def test_spaces_are_checked_before_anything_else() -> None:
 
     with pytest.raises(ValueError, match="the observation space must be"):
         ScratchPPO("MlpPolicy", Strange())
+
+
+def test_an_earlier_runs_monitor_file_is_kept(tmp_path: Path) -> None:
+    contents = []
+    for run in range(3):
+        with pytest.warns(UserWarning, match="kept as .*monitor.csv.") if run else contextlib.nullcontext():
+            env = NativeVecEnv(gym.make_vec("CartPole-v1", 2), filename=str(tmp_path / "run"))
+        ScratchPPO("MlpPolicy", env, n_steps=64, batch_size=128, n_epochs=1, seed=run, device="cpu").learn(128)
+        env.close()
+        contents.append((tmp_path / "run.monitor.csv").read_text())
+    assert [(tmp_path / f"run.monitor.csv.{i}").read_text() for i in (1, 2)] == contents[:2]
+    assert len(load_results(str(tmp_path))) == len(contents[2].splitlines()) - 2

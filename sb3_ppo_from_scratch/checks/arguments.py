@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -18,9 +18,12 @@ __all__ = [
     "check_device",
     "check_flag",
     "check_integer",
+    "check_nan_observations",
     "check_number",
     "check_observation_space",
+    "check_readable",
     "check_scheduled",
+    "check_trainable_actions",
     "errors_for_assertions",
     "resolve_schedule",
 ]
@@ -104,16 +107,51 @@ def resolve_schedule(name: str, schedule: float | Schedule, progress_remaining: 
 
 
 _LEAF_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_SHIFT = "let the environment add the rest, or gymnasium's TransformAction and TransformObservation"
 _NAMES = "Box, Discrete, MultiDiscrete, MultiBinary"
 
 
 def check_observation_space(space: spaces.Space) -> None:
     """:raises ValueError: for a space that SB3's policies cannot read."""
     leaves = space.spaces.items() if isinstance(space, spaces.Dict) else [("", space)]
+    if isinstance(space, spaces.Dict) and not space.spaces:
+        raise ValueError("the observation space must not be an empty Dict")
     for key, leaf in leaves:
+        where = f" under key {key!r}" if key else ""
         if not isinstance(leaf, _LEAF_SPACES):
-            where = f" under key {key!r}" if key else ""
             raise ValueError(f"the observation space must be {_NAMES} or a flat Dict of these, not {leaf}{where}")
+        if np.any(getattr(leaf, "start", 0)):
+            raise ValueError(f"the observation space must start at 0, not {leaf}{where}: it is one-hot encoded; {_SHIFT}")
+        if isinstance(leaf, spaces.MultiDiscrete) and leaf.nvec.ndim != 1:
+            raise ValueError(f"a MultiDiscrete observation space must have one dimension, not {leaf}{where}; flatten it")
+
+
+def check_readable(policy: str, reads_dicts: bool, space: spaces.Space) -> None:
+    """
+    :param policy: name of one of SB3's or our policies, without a features extractor of the user's
+    :param reads_dicts: whether it is for Dict spaces
+    :raises ValueError: for a space that its features extractor cannot read
+    """
+    if isinstance(space, spaces.Dict) != reads_dicts:
+        fitting = "'MlpPolicy', 'SharedMlpPolicy' or 'CnnPolicy'" if reads_dicts else "'MultiInputPolicy'"
+        raise ValueError(f"policy must be {fitting} for the observation space {space}, not {policy!r}")
+    for leaf in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        if isinstance(leaf, spaces.Box) and leaf.shape == ():
+            raise ValueError(f"a Box observation space must have a dimension, not {leaf} of shape (); reshape it to (1,)")
+
+
+def check_nan_observations(value: Any, space: spaces.Space) -> None:
+    """
+    :raises TypeError: if it is neither a boolean, ``None``, nor several keys
+    :raises ValueError: if ``space`` has no such key
+    """
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise TypeError(f"nan_observations must be True, False, None or a list of keys, not {value!r}")
+    keys = list(space.spaces) if isinstance(space, spaces.Dict) else []
+    if unknown := [key for key in value if key not in keys]:
+        raise ValueError(f"nan_observations must be True, False, None or a list of the keys {keys}, not of {unknown}")
 
 
 def check_action_space(space: spaces.Space) -> None:
@@ -124,6 +162,17 @@ def check_action_space(space: spaces.Space) -> None:
         raise ValueError(f"a Box action space must have finite bounds, not {space}; gymnasium's RescaleAction can give some")
     if isinstance(space, spaces.MultiBinary | spaces.MultiDiscrete) and len(space.shape) != 1:
         raise ValueError(f"a Multi-dimensional {type(space).__name__} action space is not supported ({space}); flatten it")
+
+
+def check_trainable_actions(space: spaces.Space) -> None:
+    """:raises ValueError: for an action space whose actions SB3's distributions sample wrongly, or its buffer cannot hold."""
+    if np.any(getattr(space, "start", 0)):
+        raise ValueError(f"the action space must start at 0, not {space}: policies sample 0, 1, 2, ...; {_SHIFT}")
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(
+            f"a Box action space must be of floats, not {space}: policies sample real numbers. Give it dtype=np.float32 and "
+            "round in the environment, or make it a MultiDiscrete"
+        )
 
 
 def check_device(device: th.device | str) -> None:
@@ -142,9 +191,11 @@ def errors_for_assertions(subject: str) -> Iterator[None]:
     SB3 asserts what users may get wrong; an assertion vanishes under ``python -O``, and nobody thinks of catching one.
 
     :param subject: what is being checked, to begin the message with
-    :raises ValueError: in place of an ``AssertionError`` or a ``NotImplementedError``
+    :raises ValueError: in place of an ``AssertionError``, a ``NotImplementedError``, or torch's errors about shapes
     """
     try:
         yield
-    except (AssertionError, NotImplementedError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
+            raise  # EnvFailedError, or of a device
         raise ValueError(f"{subject}: {' '.join(map(str, error.args))}") from error

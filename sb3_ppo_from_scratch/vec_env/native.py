@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +16,8 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_finals_of_vector_env
 
 __all__ = ["NativeVecEnv"]
 
@@ -36,7 +41,8 @@ class NativeVecEnv(VecEnv):
     An environment that reports an end and then goes on with the same episode (ALE's ``life_loss_info``) fits no mode.
 
     :param env: the vector environment; those that return only a part of the environments per step are not supported
-    :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file
+    :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file. A file
+        that is there already is kept under another name, with a warning.
     :param info_keywords: entries of an episode's last ``info`` to add to its ``infos[i]["episode"]`` and to the file
     :raises TypeError: if ``env`` is no ``VectorEnv``
     :raises ValueError: if it does not say how it begins the next episode, or steps only a part of its environments
@@ -53,19 +59,21 @@ class NativeVecEnv(VecEnv):
         self.env = env
         self.autoreset_mode = _autoreset_mode(env)
         _check_batch_size(env)
+        keep_finals_of_vector_env(env)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         spec = getattr(env, "spec", None)
         self.spec = spec if hasattr(spec, "id") else None  # EnvPool's is of another kind
         self.info_keywords = info_keywords
         self._t_start = time.time()
         self._results_writer = self._open(filename)
-        self._obs_guard = _ObservationGuard()
+        self._obs_guard = ObservationGuard()
         self._actions = np.empty(0)
         self._begin_episodes()
 
     def _open(self, filename: str | None) -> ResultsWriter | None:
         if filename is None:
             return None
+        _set_aside(filename)
         header: dict[str, float | str] = {"t_start": self._t_start, "env_id": str(None if self.spec is None else self.spec.id)}
         return ResultsWriter(filename, header=header, extra_keys=self.info_keywords)
 
@@ -93,7 +101,7 @@ class NativeVecEnv(VecEnv):
         self._reset_options()
         self._begin_episodes()
         self.reset_infos = _per_environment(info, self.num_envs)
-        self._obs_guard = _ObservationGuard()
+        self._obs_guard = ObservationGuard()
         return self._obs_guard(obs)
 
     def _next_seed(self) -> int | list[int | None] | None:
@@ -269,27 +277,15 @@ class NativeVecEnv(VecEnv):
         return [None] * self.num_envs if images is None else list(images)  # type: ignore[arg-type]  # arrays in this mode
 
 
-class _ObservationGuard:
-    """
-    Passes observations on as they are, but copies them if the environment goes on writing into what it has handed out.
-
-    Whoever holds an observation may rely on it during the next step. Most environments hand out new arrays; those that do not
-    show it when two of their observations overlap. Until two steps have been compared, copies are made.
-    """
-
-    def __init__(self) -> None:
-        self._previous: list[np.ndarray] = []
-        self._compared = -2  # the first comparison is with a reset's, which may be handed out in another way
-        self._copies = False
-
-    def __call__(self, obs: VecEnvObs) -> VecEnvObs:
-        leaves: list[np.ndarray] = list(obs.values()) if isinstance(obs, dict) else [obs]  # type: ignore[list-item]  # no tuples
-        self._compared += 1
-        self._copies |= any(map(np.may_share_memory, leaves, self._previous))
-        self._previous = leaves
-        if self._compared > 0 and not self._copies:
-            return obs
-        return {key: value.copy() for key, value in obs.items()} if isinstance(obs, dict) else leaves[0].copy()
+def _set_aside(filename: str) -> None:
+    """``ResultsWriter`` begins its file anew: an earlier run's episodes get a name that SB3's plots pass over."""
+    path = Path(filename)  # what SB3 makes of it
+    if not filename.endswith(Monitor.EXT):
+        path = path / Monitor.EXT if path.is_dir() else Path(f"{filename}.{Monitor.EXT}")
+    if path.is_file() and path.stat().st_size > 0:
+        kept = next(other for i in itertools.count(1) if not (other := Path(f"{path}.{i}")).exists())
+        path.rename(kept)
+        warnings.warn(f"{path} holds episodes of an earlier run, which are kept as {kept}", stacklevel=4)
 
 
 def _autoreset_mode(env: VectorEnv) -> AutoresetMode:

@@ -114,6 +114,7 @@ class NumpyEngine(Engine):
     # ---------------------------------------------------------------- rollout
 
     @override
+    @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def act(self, obs: PyTorchObs) -> PolicyStep:
         head = self.head
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
@@ -132,6 +133,7 @@ class NumpyEngine(Engine):
         )
 
     @override
+    @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         return th.from_numpy(self.network.forward(self.features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
 
