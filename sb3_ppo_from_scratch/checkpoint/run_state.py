@@ -154,7 +154,9 @@ def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) ->
         if state is None:
             continue
         if state["attributes"] is None:
-            each.load_state_dict(state["state"])  # type: ignore[attr-defined]  # it had a state_dict
+            if not hasattr(each, "load_state_dict"):
+                raise ValueError(f"the checkpoint holds a state_dict of {name[0]}, which has no load_state_dict to take it")
+            each.load_state_dict(state["state"])
         else:
             mine = vars(each)
             put_attributes(each, {key: value for key, value in state["attributes"].items() if is_plain(mine.get(key))})
@@ -259,9 +261,13 @@ def _is_learn(learn: dict[str, Any]) -> bool:
 
 
 def _is_callback(entry: Any) -> bool:
-    state = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else None
+    if not isinstance(entry, tuple) or len(entry) != 2:
+        return False
+    name, state = entry
     return (
-        isinstance(state, dict)
+        isinstance(name, tuple)
+        and list(map(type, name)) == [str, int]
+        and isinstance(state, dict)
         and state.keys() == {"attributes", "state", "envs"}
         and isinstance(state["attributes"], dict | None)
         and isinstance(state["envs"], dict)
