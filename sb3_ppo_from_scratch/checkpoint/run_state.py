@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.checkpoint.env_state import put_attributes
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
-from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, locate_logger, make_logger, restore_logger
+from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, is_own_folder, locate_logger, make_logger, restore_logger
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
@@ -197,6 +197,9 @@ class Resumed:
 
     def restore_run(self, model: ScratchPPO, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""
+        if model.tensorboard_log is not None and not is_own_folder(self._state["logger"], model.tensorboard_log):
+            warnings.warn(f"tensorboard_log={str(model.tensorboard_log)!r} is not of this run: set it anew", stacklevel=3)
+            model.tensorboard_log = None
         _set_random_states(self._state["random"])
         _restore_callbacks(callback, self._state["callbacks"], self._trust)
         restore_logger(model.logger, self._state["logger"])

@@ -19,6 +19,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,11 +150,18 @@ def _without_unread(name: str, records: Any) -> Any:
 
     if not isinstance(records, deque | list):
         return deque(maxlen=100)
-    kept = [plain(record) for record in records if not isinstance(record, Unread)]
+    kept = [record for record in map(plain, records) if _is_record(name, record)]
     if left_out:
         what = ", ".join(f"{key!r} ({kind})" for key, kind in list(left_out.items())[:5])
         warnings.warn(f"field {name!r}: what episodes reported as {what} is not plain data and was left out", stacklevel=6)
     return deque(kept, records.maxlen if isinstance(records, deque) else None)
+
+
+def _is_record(name: str, record: Any) -> bool:
+    """Whether a log could take a mean of it."""
+    if name == "ep_success_buffer":
+        return isinstance(record, Real)
+    return isinstance(record, dict) and all(isinstance(record.get(key), Real) for key in ("r", "l"))
 
 
 def _first_unread(value: Any) -> Any:
@@ -509,7 +517,7 @@ def check_weights(policy: ActorCriticPolicy, params: dict[str, Any]) -> None:
             raise ValueError(f"the weights of {name} must be a dict of tensors, not a {type(state).__name__}")
     ours = policy.state_dict()
     for name, tensor in params.get("policy", {}).items():
-        _check_tensor(f"weights of {name}", tensor, ours.get(name))
+        _check_tensor(f"weights of {name}", tensor, ours.get(name))  # unknown names are torch's to complain of
     if "policy.optimizer" in params:
         _check_optimizer(policy.optimizer, params["policy.optimizer"])
 
@@ -542,7 +550,10 @@ def _is_group(group: Any) -> bool:
     values = [value for name, value in group.items() if name != "params"]
     pairs = [part for value in values if isinstance(value, tuple | list) for part in value]
     single = [value for value in values if not isinstance(value, tuple | list)]
-    return all(value is None or is_number(value) or isinstance(value, str | th.Tensor) for value in (*single, *pairs))
+    return all(
+        value is None or is_number(value) or isinstance(value, str) or (isinstance(value, th.Tensor) and value.numel() == 1)
+        for value in (*single, *pairs)
+    )
 
 
 def _check_tensor(name: str, tensor: Any, ours: th.Tensor | None) -> None:
