@@ -511,7 +511,21 @@ def test_an_unknown_format_version_is_refused(tmp_path: Path) -> None:
     data[16] = 77
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"format version 77.*reads version 2 and before"):
-        ScratchPPO.resume(tmp_path, cartpole())
+        ScratchPPO.resume(file, cartpole())
+
+
+def test_a_good_checkpoint_is_found_among_what_is_none(tmp_path: Path) -> None:
+    learn(cartpole(), [ResumableCheckpoint(64, tmp_path)])
+    before, last = checkpoint_files(tmp_path)
+    data = bytearray(last.read_bytes())
+    (tmp_path / "1 (copy)-9-steps.ckpt").write_bytes(data)
+    (tmp_path / "00000098-9-steps.ckpt").symlink_to(tmp_path / "gone")
+    (tmp_path / "00000099-9-steps.ckpt").mkdir()
+    data[16] = 77
+    last.write_bytes(data)
+    assert checkpoint_files(tmp_path) == [before, last]
+    with pytest.warns(RuntimeWarning, match="format version 77.*trying the one before"):
+        assert ScratchPPO.resume(tmp_path, cartpole()).num_timesteps == 192
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, load_vec_normalize
 from sb3_ppo_from_scratch.checkpoint.env_state import capture, restore
@@ -243,40 +245,91 @@ def test_mutated_statistics(tmp_path: Path) -> None:
     env = make_vec_env("CartPole-v1")
     for _ in range(300):
         path.write_bytes(mutated(whole, rng))
-        outcome(lambda: load_vec_normalize(path, env), "statistics.pkl")
+        outcome(partial(load_and_use, path, env), "statistics.pkl")
+    attributes = VecNormalize(env).__getstate__()
+    values = [value for value in pickled_values() if not isinstance(value, type)]
+    for name in attributes:
+        for value in rng.sample(values, 12):
+            with path.open("wb") as file:
+                pickle.dump(WithState(VecNormalize(env), {**attributes, name: value}), file)
+            outcome(partial(load_and_use, path, env), "statistics.pkl")
+
+
+class WithState:
+    """Pickles as ``target`` with another state."""
+
+    def __init__(self, target: Any, state: Any):
+        self.target, self.state = target, state
+
+    __class__ = property(lambda self: type(self.target))  # type: ignore[assignment]  # pickle asks
+
+    def __reduce__(self) -> Any:
+        return (*self.target.__reduce_ex__(2)[:2], self.state)
+
+
+def load_and_use(path: Path, env: VecEnv) -> None:
+    normalized = load_vec_normalize(path, env)
+    normalized.reset()
+    normalized.step(np.zeros(1, int))
 
 
 # ------------------------------------------------------------------ checkpoints
 
 
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths to everything in nested plain data, but for long lists."""
+    yield above
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*above, key))
+    elif isinstance(value, list | tuple) and len(value) < 20:
+        for index, inner in enumerate(value):
+            yield from places(inner, (*above, index))
+
+
+def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """Nested plain data with another value at a place."""
+    if not place:
+        return new
+    if isinstance(value, dict):
+        return {**value, place[0]: replaced(value[place[0]], place[1:], new)}
+    changed = [replaced(inner, place[1:], new) if index == place[0] else inner for index, inner in enumerate(value)]
+    return type(value)(changed)
+
+
 def test_mutated_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # nothing here need outlive a power cut
     rng = random.Random(6)
-    ScratchPPO("MlpPolicy", "CartPole-v1", **SMALL).learn(8, ResumableCheckpoint(8, tmp_path / "run"))
-    state = read_checkpoint(tmp_path / "run")
+    folder = tmp_path / "run"
+    model = ScratchPPO("MlpPolicy", cartpole(), **SMALL)
+    model.set_logger(configure(str(folder), ["csv", "json", "log"]))
+    model.learn(8, [ResumableCheckpoint(8, folder / "checkpoints"), *callbacks()])
+    state = read_checkpoint(folder / "checkpoints")
     whole = pack(state)
     count: Counter[str] = Counter()
     for _ in range(300):
         content = mutated(whole[:4000], rng) + whole[4000:]
-        file = write_checkpoint(tmp_path / "changed", content, 8, keep=1)
+        file = write_checkpoint(folder / "changed", content, 8, keep=1)
         count[outcome(partial(load_run, file), file.name)] += 1
-    values: list[Any] = [None, -1, "x", b"x", [1], {"a": 1}, np.zeros(3), 10**30]
-    for name in state:
-        for value in values:
-            file = write_checkpoint(tmp_path / "changed", pack({**state, name: value}), 8, keep=1)
-            count[outcome(partial(resumed, file))] += 1
-        for inner in state[name] if isinstance(state[name], dict) else ():
-            for value in values:
-                content = pack({**state, name: {**state[name], inner: value}})
-                file = write_checkpoint(tmp_path / "changed", content, 8, keep=1)
-                count[outcome(partial(resumed, file))] += 1
-    assert min(count.values()) > 20
+    values: list[Any] = [None, -1, "x", b"x", [1], {"a": 1}, (), {1: 2}, np.zeros(3), 10**30]
+    all_places = [place for place in places(state) if place and place[:2] != ("learn", "total_timesteps")]
+    for _ in range(400):
+        content = pack(replaced(state, rng.choice(all_places), rng.choice(values)))
+        file = write_checkpoint(folder / "changed", content, 8, keep=1)
+        count[outcome(partial(go_on, file))] += 1
+    assert min(count.values()) > 50
 
 
-def resumed(file: Path) -> None:
-    model = ScratchPPO.resume(file, make_vec_env("CartPole-v1"), device="cpu")
-    assert model._resumed is not None
-    model._resumed.make_logger()
+def cartpole() -> VecEnv:
+    return VecNormalize(make_vec_env("CartPole-v1"))
+
+
+def callbacks() -> list[BaseCallback]:
+    return [EvalCallback(cartpole(), eval_freq=8, n_eval_episodes=1, verbose=0), StopTrainingOnMaxEpisodes(1000)]
+
+
+def go_on(file: Path) -> None:
+    ScratchPPO.resume(file, cartpole(), device="cpu").continue_learning(callbacks())
 
 
 def test_mutated_plain_data() -> None:

@@ -461,6 +461,12 @@ def test_pickles_that_would_not_end(pickled: bytes) -> None:
     assert len(str(raised.value)) < 2000
 
 
+def test_one_number_does_not_stand_for_many(files: Files) -> None:
+    state = {"log_std": th.zeros(1).expand(10**9)}
+    with pytest.raises(UnsafeFileError, match=r"policy\.pth holds torch\.Tensor of size"):
+        ScratchPPO.load(archive(files, **{"policy.pth": torch_file(state)}))
+
+
 def test_an_old_space_gets_no_size_from_the_file() -> None:
     text = b"".join(b"X" + struct.pack("<I", len(part)) + part for part in (b"_shape",))
     pickled = (
@@ -554,6 +560,26 @@ def test_a_checkpoint_writes_into_no_other_runs_logs(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="csv log in .* is not of this run"):
         model.continue_learning()
     assert (victim / "progress.csv").read_text() == "another's\n"
+
+
+def test_a_checkpoint_does_not_say_where_the_next_learn_writes(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    env = make_vec_env("CartPole-v1", 1)
+    own, theirs = tmp_path / "run" / "tb", tmp_path / "theirs"
+    for place in (own, theirs):
+        model = ScratchPPO("MlpPolicy", env, tensorboard_log=str(place), **SMALL)
+        model.learn(32, ResumableCheckpoint(16, tmp_path / "run" / f"{place.name}-checkpoints"))
+    model = ScratchPPO.resume(tmp_path / "run" / "tb-checkpoints", env).continue_learning()
+    assert model.tensorboard_log == str(own)
+    model = ScratchPPO.resume(tmp_path / "run" / "theirs-checkpoints", env).continue_learning()
+    assert model.tensorboard_log == str(theirs), "the run's log is there"
+    import shutil
+
+    shutil.rmtree(theirs)
+    with pytest.warns(UserWarning, match="tensorboard_log=.*theirs.*is not of this run"):
+        model = ScratchPPO.resume(tmp_path / "run" / "theirs-checkpoints", env).continue_learning()
+    assert model.tensorboard_log is None
+    assert not theirs.exists()
 
 
 def test_a_copied_run_continues_the_copy(tmp_path: Path) -> None:

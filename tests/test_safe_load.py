@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import copyreg
@@ -33,7 +34,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule, constant_fn, get_linear_fn, get_schedule_fn
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize
+from sb3_ppo_from_scratch import ScratchPPO, UnsafeFileError, load_vec_normalize, safe_files
 from sb3_ppo_from_scratch.safe_files.archive import read_archive
 from sb3_ppo_from_scratch.safe_files.models import read_fields
 from sb3_ppo_from_scratch.safe_files.table import ALLOWED, BUILT, NAMED
@@ -632,3 +633,12 @@ def test_every_row_of_the_table_is_there() -> None:
             if row.use in (NAMED, BUILT) and (row.module != "rl_zoo3.utils" or "rl_zoo3" in sys.modules):
                 assert hasattr(importlib.import_module(row.module), name)
         assert row.why
+
+
+def test_the_reader_imports_nothing_of_the_package_but_errors_and_checks() -> None:
+    """So that whatever reads files can import it."""
+    folder = Path(safe_files.__path__[0])
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sb3_ppo_from_scratch"):
+                assert str(node.module).split(".")[1] in ("errors", "checks", "safe_files"), file

@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -352,7 +352,9 @@ def put_attributes(target: Any, values: dict[str, Any]) -> None:
     if type(values) is not dict:
         raise ValueError("it is not one of ours")
     live = vars(target)
-    arguments = inspect.signature(type(target).__init__).parameters
+    arguments: Iterable[str] = ()
+    with contextlib.suppress(ValueError):  # of a constructor written in C
+        arguments = inspect.signature(type(target).__init__).parameters
     for name, value in values.items():
         if type(name) is not str or name.startswith("__") or _is_method(type(target), name):
             raise UnsafeFileError(f"{_FIELD} holds {type(target).__name__}.{shown(name)}, which is not state. Nothing was run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -22,15 +23,22 @@ FORMAT_VERSION = 2
 _MAGIC = b"scratch-ppo-run\n"
 _HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
 _SUFFIX = ".ckpt"
+_NAME = re.compile(rf"[0-9]{{1,12}}-.*{re.escape(_SUFFIX)}")
+"""Others than these are no checkpoints of ours: copies that somebody has made, say."""
 
 
 class CorruptCheckpointError(ValueError):
     """The file is not a checkpoint, or is not whole."""
 
 
+class _OtherFormatError(CorruptCheckpointError):
+    """The file is whole, but of a version of the package that is not this one."""
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order in which they were written."""
-    return sorted(folder.glob(f"[0-9]*-*{_SUFFIX}"), key=lambda path: int(path.name.partition("-")[0]))
+    ours = [path for path in folder.glob(f"[0-9]*-*{_SUFFIX}") if _NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(ours, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int) -> Path:
@@ -83,7 +91,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
-    Read a checkpoint, or the newest intact one of a folder, with a warning for every damaged one.
+    Read a checkpoint, or the newest intact one of a folder, with a warning for every one that cannot be read.
 
     :param path: a file or a folder
     :raises FileNotFoundError: if there is none
@@ -96,12 +104,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     files = checkpoint_files(path)
     if not files:
         raise FileNotFoundError(f"path={str(path)!r} holds no checkpoint ({len(list(path.iterdir()))} other files)")
+    problems = []
     for file in reversed(files):
         try:
             return _read_file(file)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, OSError) as error:
+            problems.append(str(error))
             warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
-    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint, only {[file.name for file in files]}")
+    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint: {'; '.join(problems)[:1000]}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} is not a checkpoint, or cut off in its header")
     _, version, length, digest = _HEADER.unpack_from(data)
     if not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(
+        raise _OtherFormatError(
             f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} and "
             "before"
         )

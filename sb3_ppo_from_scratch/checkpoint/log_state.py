@@ -26,7 +26,7 @@ from stable_baselines3.common.logger import (
 from sb3_ppo_from_scratch.checkpoint.env_state import read_file, rewrite_file
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain
 
-__all__ = ["capture_logger", "locate_logger", "make_logger", "restore_logger"]
+__all__ = ["capture_logger", "is_own_folder", "locate_logger", "make_logger", "restore_logger"]
 
 _EVENTS = "events.out.tfevents.*"
 _FILES = {"csv": "progress.csv", "json": "progress.json", "log": "log.txt"}
@@ -94,7 +94,7 @@ def locate_logger(state: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
     own = checkpoints.resolve().parent
     formats = [_locate(saved, saved.get("folder") or state["folder"], own) for saved in state["formats"]]
     folders = [located["folder"] for located in formats if located.get("folder")]
-    return {**state, "formats": formats, "folder": folders[0] if folders else None}
+    return {**state, "formats": formats, "folder": folders[0] if folders else None, "own": str(own)}
 
 
 def _locate(saved: dict[str, Any], recorded: str | None, own: Path) -> dict[str, Any]:
@@ -131,17 +131,34 @@ def _exists(saved: dict[str, Any], place: Path) -> bool:
 def _is_continued(saved: dict[str, Any], place: Path) -> bool:
     """Whether a folder holds what the checkpoint's run had written, and perhaps more of it."""
     if saved["name"] == "tensorboard":
-        heads = saved.get("heads") or {}
-        return bool(heads) and all(
-            (place / name).is_file() and _head(place / name, saved["sizes"].get(name, 0)) == head
-            for name, head in heads.items()
-        )
+        return _are_same_events(saved, place)
     file, text = place / _FILES[saved["name"]], saved["text"]
     if not text or not file.is_file():
         return False
     lines, written = text.splitlines(), file.read_bytes().splitlines()
     # a new key lengthens all lines of a CSV file
     return len(written) >= len(lines) and all(now.startswith(then) for then, now in zip(lines, written, strict=False))
+
+
+def _are_same_events(saved: dict[str, Any], place: Path) -> bool:
+    sizes, heads = saved["sizes"], saved.get("heads")
+    if not sizes or not all((place / name).is_file() for name in sizes):
+        return False
+    if heads is None:  # of the first format; the names hold a time, a machine and a process
+        return True
+    return all(_head(place / name, size) == heads.get(name) for name, size in sizes.items())
+
+
+def is_own_folder(state: dict[str, Any], folder: Any) -> bool:
+    """
+    Whether the run may write into a folder that its file names.
+
+    :param state: of :func:`locate_logger`
+    """
+    place = Path(folder).resolve()
+    return place.is_relative_to(state["own"]) or any(
+        saved.get("folder") and Path(saved["folder"]).resolve().is_relative_to(place) for saved in state["formats"]
+    )
 
 
 def _check_state(state: Any) -> None:

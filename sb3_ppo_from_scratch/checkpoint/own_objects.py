@@ -116,6 +116,8 @@ def _base(kind: type) -> type | None:
 
 
 def _same(value: Any, other: Any) -> bool:
+    if type(value) is tuple and type(other) is tuple and len(value) == len(other):
+        return all(map(_same, value, other))
     return type(value) is type(other) and type(value) in (int, str, float, bool, bytes) and value == other
 
 

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.checkpoint.env_state import put_attributes
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
-from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, locate_logger, make_logger, restore_logger
+from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, is_own_folder, locate_logger, make_logger, restore_logger
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
@@ -154,7 +154,9 @@ def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) ->
         if state is None:
             continue
         if state["attributes"] is None:
-            each.load_state_dict(state["state"])  # type: ignore[attr-defined]  # it had a state_dict
+            if not hasattr(each, "load_state_dict"):
+                raise ValueError(f"the checkpoint holds a state_dict of {name[0]}, which has no load_state_dict to take it")
+            each.load_state_dict(state["state"])
         else:
             mine = vars(each)
             put_attributes(each, {key: value for key, value in state["attributes"].items() if is_plain(mine.get(key))})
@@ -195,6 +197,9 @@ class Resumed:
 
     def restore_run(self, model: ScratchPPO, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""
+        if model.tensorboard_log is not None and not is_own_folder(self._state["logger"], model.tensorboard_log):
+            warnings.warn(f"tensorboard_log={str(model.tensorboard_log)!r} is not of this run: set it anew", stacklevel=3)
+            model.tensorboard_log = None
         _set_random_states(self._state["random"])
         _restore_callbacks(callback, self._state["callbacks"], self._trust)
         restore_logger(model.logger, self._state["logger"])
@@ -258,9 +263,13 @@ def _is_learn(learn: dict[str, Any]) -> bool:
 
 
 def _is_callback(entry: Any) -> bool:
-    state = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else None
+    if not isinstance(entry, tuple) or len(entry) != 2:
+        return False
+    name, state = entry
     return (
-        isinstance(state, dict)
+        isinstance(name, tuple)
+        and list(map(type, name)) == [str, int]
+        and isinstance(state, dict)
         and state.keys() == {"attributes", "state", "envs"}
         and isinstance(state["attributes"], dict | None)
         and isinstance(state["envs"], dict)

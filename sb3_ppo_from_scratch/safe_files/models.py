@@ -19,11 +19,13 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -77,6 +79,8 @@ _NEVER_SAVED = frozenset(
 _NEEDED = ("policy_class", "observation_space", "action_space")
 _DEFAULTS: dict[str, Any] = {"policy_kwargs": {}, "verbose": 0}
 """What SB3's ``load`` looks at, and what ``save(exclude=...)`` may leave out all the same."""
+_MAX_FIELDS = 10_000
+"""A model has 43, and what subclasses add."""
 _SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef")
 _RECORDS = ("ep_info_buffer", "ep_success_buffer")
 """What the last episodes reported, of which anything may be left out: it is for a log."""
@@ -99,6 +103,8 @@ def read_fields(data: bytes, custom_objects: dict[str, Any] | None = None, owner
         raise ValueError(f"the file 'data' is damaged: {type(error).__name__}: {str(error)[:300]}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"the file 'data' is damaged: it holds a {type(fields).__name__}, not the fields of a model")
+    if len(fields) > _MAX_FIELDS:
+        raise ValueError(f"the file 'data' is damaged: it holds {len(fields)} fields, more than {_MAX_FIELDS}")
     custom = custom_objects or {}
     read = {name: custom[name] if name in custom else _read_field(name, value, owner) for name, value in fields.items()}
     for name in read.keys() - custom.keys():
@@ -144,11 +150,18 @@ def _without_unread(name: str, records: Any) -> Any:
 
     if not isinstance(records, deque | list):
         return deque(maxlen=100)
-    kept = [plain(record) for record in records if not isinstance(record, Unread)]
+    kept = [record for record in map(plain, records) if _is_record(name, record)]
     if left_out:
         what = ", ".join(f"{key!r} ({kind})" for key, kind in list(left_out.items())[:5])
         warnings.warn(f"field {name!r}: what episodes reported as {what} is not plain data and was left out", stacklevel=6)
     return deque(kept, records.maxlen if isinstance(records, deque) else None)
+
+
+def _is_record(name: str, record: Any) -> bool:
+    """Whether a log could take a mean of it."""
+    if name == "ep_success_buffer":
+        return isinstance(record, Real)
+    return isinstance(record, dict) and all(isinstance(record.get(key), Real) for key in ("r", "l"))
 
 
 def _first_unread(value: Any) -> Any:
@@ -178,6 +191,10 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
 
 
+def _is_subclass(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
 def _is_observation(value: Any) -> bool:
     arrays = value.values() if isinstance(value, dict) else (value,)
     return all(isinstance(array, np.ndarray | th.Tensor) for array in arrays)
@@ -193,7 +210,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_NUMBERS, (is_number, "a number")),
     **dict.fromkeys(("use_sde", "normalize_advantage"), (_is_flag, "True or False")),
     **dict.fromkeys(("engine", "precision", "nan_policy"), (_is_text, "a name")),
-    **dict.fromkeys(("policy_class", "rollout_buffer_class"), (lambda value: isinstance(value, type), "a class")),
+    "policy_class": (lambda value: _is_subclass(value, ActorCriticPolicy), "a subclass of ActorCriticPolicy"),
+    "rollout_buffer_class": (lambda value: _is_subclass(value, RolloutBuffer), "a subclass of RolloutBuffer"),
     **dict.fromkeys(("policy_kwargs", "rollout_buffer_kwargs"), (lambda value: isinstance(value, dict), "a dict")),
     **dict.fromkeys(_RECORDS, (lambda value: isinstance(value, deque | list), "a list")),
     **dict.fromkeys(("_last_obs", "_last_original_obs"), (_is_observation, "an array, or a dict of arrays")),
@@ -232,7 +250,7 @@ def _check_policy_kwargs(kwargs: dict[str, Any]) -> None:
     }
     for name, value in kwargs.items():
         if name in kinds:
-            if not (isinstance(value, type) and issubclass(value, kinds[name])):
+            if not _is_subclass(value, kinds[name]):
                 raise ValueError(f"{name} must be a {kinds[name].__name__}, not {shown(value)}")
         elif name.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"{name} must be a dict, not {shown(value)}")
@@ -499,7 +517,7 @@ def check_weights(policy: ActorCriticPolicy, params: dict[str, Any]) -> None:
             raise ValueError(f"the weights of {name} must be a dict of tensors, not a {type(state).__name__}")
     ours = policy.state_dict()
     for name, tensor in params.get("policy", {}).items():
-        _check_tensor(f"weights of {name}", tensor, ours.get(name))
+        _check_tensor(f"weights of {name}", tensor, ours.get(name))  # unknown names are torch's to complain of
     if "policy.optimizer" in params:
         _check_optimizer(policy.optimizer, params["policy.optimizer"])
 
@@ -532,7 +550,10 @@ def _is_group(group: Any) -> bool:
     values = [value for name, value in group.items() if name != "params"]
     pairs = [part for value in values if isinstance(value, tuple | list) for part in value]
     single = [value for value in values if not isinstance(value, tuple | list)]
-    return all(value is None or is_number(value) or isinstance(value, str | th.Tensor) for value in (*single, *pairs))
+    return all(
+        value is None or is_number(value) or isinstance(value, str) or (isinstance(value, th.Tensor) and value.numel() == 1)
+        for value in (*single, *pairs)
+    )
 
 
 def _check_tensor(name: str, tensor: Any, ours: th.Tensor | None) -> None:

@@ -71,7 +71,8 @@ def make_tensor(
         type(storage) is Storage and is_shape((offset,)) and is_shape(size) and is_shape(stride) and len(size) == len(stride)
     )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if whole and prod(size) else -1
-    if not whole or last >= len(storage.content) or offset > len(storage.content):
+    length = len(storage.content) if type(storage) is Storage else 0
+    if not whole or last >= length or offset > length or prod(size) > length:  # one number can stand for any number of them
         raise Refused(f"torch.Tensor of size {shown(size)}", "its storage does not hold it")
     memory = storage.content
     tensor = memory.new_empty(0).set_(memory.untyped_storage(), offset, size, stride)
