@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.distributions import (
@@ -22,7 +23,7 @@ from stable_baselines3.common.distributions import (
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
-__all__ = ["UncheckedDistributions", "distribution_parameters", "exact_kl", "mean_kl"]
+__all__ = ["UncheckedDistributions", "distribution_parameters", "drop_graph", "exact_kl", "mean_kl"]
 
 
 def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:
@@ -81,6 +82,22 @@ def mean_kl(distribution: Distribution, old_and_new: list[tuple[th.Tensor, th.Te
     old, new = (th.cat(params) for params in zip(*old_and_new, strict=True))
     kl = exact_kl(distribution, old, new)
     return th.stack([part.mean() for part in kl.split([len(params) for params, _ in old_and_new])]).mean()
+
+
+def drop_graph(distribution: Any) -> None:
+    """
+    Let go of the graph that a distribution's tensors hang on, and with it of a whole minibatch.
+
+    Their values stay. A policy whose ``action_dist`` has no graph can be copied and pickled.
+
+    :param distribution: a policy's ``action_dist``, or a part of one
+    """
+    for name, value in vars(distribution).items():
+        if isinstance(value, th.Tensor) and value.grad_fn is not None:
+            setattr(distribution, name, value.detach())
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, th.distributions.Distribution):
+                drop_graph(part)
 
 
 class UncheckedDistributions:

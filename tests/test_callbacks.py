@@ -202,9 +202,14 @@ def test_metrics_of_the_last_update_can_be_read(engine: str) -> None:
 # ------------------------------------------------------------------------ copies and memory
 
 
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+@pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}, {"use_sde": True, "policy_kwargs": {"squash_output": True}}])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_trained_model_can_be_pickled(task: str) -> None:
-    model = ScratchPPO(TASKS[task][0], toy(task), **SIZES).learn(32)
+def test_a_trained_model_can_be_pickled(task: str, kwargs: dict[str, Any], engine: str) -> None:
+    """And its policy copied, which torch does to no tensor that has a graph."""
+    kwargs = kwargs if task == "box" else {}
+    model = ScratchPPO(TASKS[task][0], toy(task), engine=engine, **SIZES, **kwargs).learn(32)
+    assert th.equal(nn.utils.parameters_to_vector(copy.deepcopy(model.policy).parameters()), vector(model))
     model.env = None  # SB3's environments hold functions
     model._logger = None
     copied = pickle.loads(pickle.dumps(model))

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, mean_kl
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, drop_graph, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig
@@ -81,6 +81,8 @@ class TorchEngine(Engine):
     def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[RolloutData]]:
         with UncheckedDistributions():
             yield TorchLearner(self, self.minibatches_of(buffer), config)
+        if self.distribution is not None:
+            drop_graph(self.distribution)
 
     def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """How to draw an epoch's minibatches from ``buffer``."""
