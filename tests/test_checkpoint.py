@@ -31,7 +31,6 @@ from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain, load_plain
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
@@ -468,14 +467,6 @@ def test_paths_given_to_callbacks_anew_are_heeded(tmp_path: Path) -> None:
 def test_checkpoints_may_be_taken_by_a_child_of_another_callback(tmp_path: Path) -> None:
     learn(cartpole(), [EveryNTimesteps(10**9, ResumableCheckpoint(1, tmp_path))])
     assert has_checkpoint(tmp_path)
-
-
-def test_an_engine_gets_its_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(TorchEngine, "get_state", lambda engine: {"calls": 3})
-    monkeypatch.setattr(TorchEngine, "set_state", lambda engine, state: given.append(state))
-    cut_off_and_resumed(cartpole, tmp_path, engine="torch")
-    assert given == [{"calls": 3}]
 
 
 # ------------------------------------------------------- files

@@ -1,8 +1,9 @@
 """
 Exact resume: checkpoints from which a training run goes on with the same bits.
 
-``callback`` decides when to take and write one; ``run_state`` knows what a run depends on; ``env_state``, ``vec_env_state``
-and ``log_state`` read and put back what lives outside the model; ``files`` keeps it whole, and ``plain_pickle`` harmless.
+``callback`` decides when to take and write one, and ``ownership`` who may; ``run_state`` knows what a run depends on;
+``env_state``, ``vec_env_state``, ``callback_state`` and ``log_state`` read and put back what lives outside the model, and
+``replay`` tries out whether that is all; ``files`` keeps it whole, and ``plain_pickle`` harmless.
 """
 
 from sb3_ppo_from_scratch.checkpoint.callback import ResumableCheckpoint, guarded_training, has_checkpoint

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMAT_VERSION = 1
 _MAGIC = b"scratch-ppo-run\n"
 _HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
 _SUFFIX = ".ckpt"
+_NAME = re.compile(rf"[0-9]{{1,18}}-[0-9]{{1,18}}-steps\{_SUFFIX}")
 
 
 class CorruptCheckpointError(ValueError):
@@ -28,8 +30,9 @@ class CorruptCheckpointError(ValueError):
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoints of a folder in the order in which they were written."""
-    return sorted(folder.glob(f"[0-9]*-*{_SUFFIX}"), key=lambda path: int(path.name.partition("-")[0]))
+    """The checkpoints of a folder in the order in which they were written; copies under other names are none."""
+    files = (path for path in folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.name) and path.is_file())
+    return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int) -> Path:
@@ -95,12 +98,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     files = checkpoint_files(path)
     if not files:
         raise FileNotFoundError(f"path={str(path)!r} holds no checkpoint ({len(list(path.iterdir()))} other files)")
+    reasons = []
     for file in reversed(files):
         try:
             return _read_file(file)
-        except CorruptCheckpointError as error:
-            warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
-    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint, only {[file.name for file in files]}")
+        except (ValueError, OSError) as error:  # of another version, or gone since it was listed: as good as damaged
+            reasons.append(str(error))
+            if file is not files[0]:
+                warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
+    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint: {'; '.join(reasons)}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

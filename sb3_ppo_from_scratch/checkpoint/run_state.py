@@ -8,64 +8,87 @@ the middle of one (SB3 issues 1526 and 1643).
 
 from __future__ import annotations
 
-import inspect
 import io
 import pickle
-import random
+import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_from_scratch.checkpoint.callback_state import (
+    capture_callback,
+    named_callbacks,
+    own_envs,
+    restore_callback,
+    unsaved,
+)
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
 from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, make_logger, restore_logger
-from sb3_ppo_from_scratch.checkpoint.plain_pickle import is_plain
-from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
+from sb3_ppo_from_scratch.checkpoint.replay import generators, set_generators
+from sb3_ppo_from_scratch.checkpoint.vec_env_state import Trial, capture_vec_env, difference_after, restore_vec_env
 
-if TYPE_CHECKING:
-    from sb3_ppo_from_scratch.ppo import ScratchPPO
+__all__ = ["Resumed", "capture_run", "load_run"]
 
-__all__ = ["Resumed", "all_callbacks", "capture_run", "load_run"]
+_FIRST, _LATER = 0.5, 0.01
+"""Seconds that environments are tried out for, at the first checkpoint and at others."""
 
 
 # ------------------------------------------------------- what a run depends on
 
 
-def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[str]]:
+def capture_run(
+    model: OnPolicyAlgorithm, callback: BaseCallback, folder: Path, doubts: list[str] | None = None
+) -> dict[str, Any]:
     """
     Everything that the rest of a run depends on; only at a boundary.
 
-    :return: a pickle of plain data, and what of the environments cannot be captured
+    :param folder: where its checkpoints are written
+    :param doubts: what was found at the run's first checkpoint, ``None`` if this is it, which is tried out for longer
+    :return: plain data; ``problems`` is what of the environments cannot be captured, ``doubts`` what else will not be the same
     """
     saved_model = io.BytesIO()
     model.save(saved_model)
-    env = capture_vec_env(model.env)  # type: ignore[arg-type]  # training has one
-    callbacks = [(name, _capture_callback(each)) for name, each in _named(callback)]
-    of_callbacks = [part for _, state in callbacks for part in state["envs"].values()]
-    problems = [problem for part in (env, *of_callbacks) for problem in part["problems"]]
+    assert model.env is not None  # training has one
+    seconds = _FIRST if doubts is None else _LATER
+    env = capture_vec_env(model.env, Trial(seconds))
+    callbacks = [(name, _capture_callback(each, seconds)) for name, each in named_callbacks(callback)]
+    parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
-    state = {
+    return {
         "n_envs": model.n_envs,
         "model": saved_model.getvalue(),
         "learn": learn,
+        "num_timesteps": model.num_timesteps,
         "elapsed": time.time_ns() - int(model.start_time),
         "random": _random_states(),
-        "engine": model._current_engine().get_state(),
         "env": env,
         "callbacks": callbacks,
-        "logger": capture_logger(model.logger),
-        "problems": list(dict.fromkeys(problems)),
+        "logger": _absolute(capture_logger(model.logger)),
+        "folder": str(folder.resolve()),
+        "problems": list(dict.fromkeys(problem for part in parts for problem in part["problems"])),
+        "doubts": _doubts(parts, callback) if doubts is None else doubts,
         "made_with": _surroundings(),
     }
-    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL), state["problems"]
+
+
+def _capture_callback(callback: BaseCallback, seconds: float) -> dict[str, Any]:
+    trial = Trial(seconds, reset_at=0)  # whoever evaluates begins with a reset, and may not have begun yet
+    return {**capture_callback(callback), "envs": {name: capture_vec_env(env, trial) for name, env in own_envs(callback)}}
+
+
+def _doubts(parts: list[dict[str, Any]], callback: BaseCallback) -> list[str]:
+    of_envs = [doubt for part in parts for doubt in part["doubts"]]
+    of_callbacks = [f"callback: {what} is not saved" for _, each in named_callbacks(callback) for what in unsaved(each)]
+    return list(dict.fromkeys([*of_envs, *of_callbacks]))
 
 
 def _surroundings() -> dict[str, str]:
@@ -76,88 +99,62 @@ def _surroundings() -> dict[str, str]:
 
 def _random_states() -> dict[str, Any]:
     cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() and th.cuda.is_initialized() else []
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": th.get_rng_state().numpy(),
-        "cuda": [state.numpy() for state in cuda],
-    }
+    return {**generators(), "cuda": [state.numpy() for state in cuda]}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    th.set_rng_state(th.from_numpy(states["torch"].copy()))
+    set_generators(states)
     if states["cuda"] and th.cuda.device_count() == len(states["cuda"]):
         th.cuda.set_rng_state_all([th.from_numpy(state.copy()) for state in states["cuda"]])
 
 
-# ------------------------------------------------------- callbacks
+# ------------------------------------------------------- where logs lie
 
 
-def all_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """Every callback in a tree of them, but for the lists."""
-    children: list[BaseCallback | None] = []
-    if isinstance(callback, CallbackList):
-        children += callback.callbacks
-    else:
-        yield callback
-    if isinstance(callback, EventCallback):
-        children += [callback.callback, getattr(callback, "callback_on_new_best", None)]
-    for child in children:
-        if child is not None:
-            yield from all_callbacks(child)
+def _absolute(logger: dict[str, Any]) -> dict[str, Any]:
+    """The logger's state, its folders independent of the current one."""
+    formats = [_with_folder(each, Path(each["folder"]).resolve()) if "folder" in each else each for each in logger["formats"]]
+    folder = logger["folder"]
+    return {**logger, "formats": formats, "folder": None if folder is None else str(Path(folder).resolve())}
 
 
-def _named(callback: BaseCallback) -> Iterator[tuple[tuple[str, int], BaseCallback]]:
-    """Every callback, under its class and how many of this class came before it."""
-    seen: Counter[str] = Counter()
-    for each in all_callbacks(callback):
-        name = f"{type(each).__module__}.{type(each).__qualname__}"
-        yield (name, seen[name]), each
-        seen[name] += 1
+def _with_folder(output: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {**output, "folder": str(folder)}
 
 
-def _capture_callback(callback: BaseCallback) -> dict[str, Any]:
-    """What the callback offers as ``state_dict()``, or else its plain attributes; and its environments."""
-    own = getattr(callback, "state_dict", None)
-    return {
-        "attributes": None if own is not None else _plain_attributes(callback),
-        "state": None if own is None else own(),
-        "envs": {name: capture_vec_env(env) for name, env in _own_envs(callback)},
-    }
+def _logs_here(logger: dict[str, Any], saved: Path, here: Path, more: Path | None) -> dict[str, Any]:
+    """
+    The logger's state with its folders as they are now, without outputs that do not lie in the run's own folder.
 
+    A run's folder is the one that its checkpoints' folder lies in. It may have been moved, or copied; and a file never chooses
+    where we write.
 
-def _plain_attributes(callback: BaseCallback) -> dict[str, Any]:
-    """Without texts that are constructor's arguments: such are paths and names, which may be others by then."""
-    arguments = inspect.signature(type(callback).__init__).parameters
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if name not in ("locals", "globals", "verbose")
-        and not (isinstance(value, str) and name in arguments)
-        and is_plain(value)
-    }
+    :param saved: the checkpoints' folder when they were written
+    :param here: where they are now
+    :param more: another folder that its logs may lie in
+    """
+    roots = [here.parent.resolve(), *([more.resolve()] if more is not None else [])]
 
+    def now(folder: str | None) -> Path | None:
+        if folder is None:
+            return None
+        path = Path(folder)
+        moved = here.parent / path.relative_to(saved.parent) if path.is_relative_to(saved.parent) else path
+        return moved.resolve() if any(moved.resolve().is_relative_to(root) for root in roots) else None
 
-def _own_envs(callback: BaseCallback) -> list[tuple[str, VecEnv]]:
-    return [(name, value) for name, value in vars(callback).items() if isinstance(value, VecEnv)]
-
-
-def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) -> None:
-    states = dict(saved)
-    for name, each in _named(callback):
-        state = states.get(name)
-        if state is None:
-            continue
-        if state["attributes"] is None:
-            each.load_state_dict(state["state"])  # type: ignore[attr-defined]  # it had a state_dict
-        else:
-            vars(each).update(state["attributes"])
-        envs = dict(_own_envs(each))
-        for attribute, env_state in state["envs"].items():
-            if attribute in envs:
-                _restore_env(envs[attribute], env_state, trust, fresh=True)
+    folder = now(logger["folder"])
+    formats = []
+    for each in logger["formats"]:
+        place = now(each["folder"]) if "folder" in each else folder
+        if each["name"] == "stdout" or place is not None:
+            formats.append(each if place is None or "folder" not in each else _with_folder(each, place))
+        elif each["name"] is not None:
+            warnings.warn(
+                f"the log {each['name']!r} is not gone on with, for {each.get('folder') or logger['folder']} is not in the "
+                f"run's folder {roots[0]}: resume with logs=, or call set_logger before continuing",
+                stacklevel=4,
+            )
+    return {**logger, "folder": None if folder is None else str(folder), "formats": formats}
 
 
 # ------------------------------------------------------- resuming
@@ -169,16 +166,27 @@ class Resumed:
 
     :param state: of :func:`load_run`
     :param allow_pickle: whether to make whatever objects the environments' states ask for
+    :param logs: a folder that the run's logs may lie in, besides the one that holds the checkpoints' folder
     """
 
-    def __init__(self, state: dict[str, Any], allow_pickle: bool):
+    def __init__(self, state: dict[str, Any], allow_pickle: bool, logs: Path | None = None):
         self._state = state
         self._trust = allow_pickle
         self._fresh = True
+        self.folder: Path = state["here"]
         self.learn: dict[str, Any] = state["learn"]
-        self.exact = not state["problems"]
+        self._logger = _logs_here(state["logger"], Path(state["folder"]), self.folder, logs)
 
-    def restore_env(self, model: ScratchPPO) -> None:
+    def announce(self, num_timesteps: int) -> None:
+        """Say where the run goes on, or that it has nothing left to do."""
+        total = self.learn["total_timesteps"]
+        if num_timesteps >= total:
+            said = f"The run in {self.folder} is finished: all its {total} timesteps are done"
+        else:
+            said = f"The run in {self.folder} goes on at {num_timesteps} of {total} timesteps"
+        print(said, file=sys.stderr)
+
+    def restore_env(self, model: OnPolicyAlgorithm) -> None:
         """The environments and the random generators; and if the former could not be captured, new first observations."""
         env = model.env
         assert env is not None  # resume() takes one
@@ -189,18 +197,37 @@ class Resumed:
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
 
-    def restore_run(self, model: ScratchPPO, callback: BaseCallback) -> None:
+    def restore_run(self, model: OnPolicyAlgorithm, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""
         _set_random_states(self._state["random"])
-        _restore_callbacks(callback, self._state["callbacks"], self._trust)
-        restore_logger(model.logger, self._state["logger"])
+        differences: list[str | None] = [*self._restore_callbacks(callback)]
+        restore_logger(model.logger, self._logger)
         self.restore_env(model)
-        model._current_engine().set_state(self._state["engine"])
+        assert model.env is not None  # as above
+        if not self._state["env"]["problems"]:
+            differences.append(difference_after(model.env, self._state["env"]))
+        if found := [each for each in differences if each is not None]:
+            warnings.warn(f"this resume is not bit-exact: {'; '.join(found)}", stacklevel=4)
         model.start_time = time.time_ns() - self._state["elapsed"]
 
-    def make_logger(self) -> Any:
+    def _restore_callbacks(self, callback: BaseCallback) -> list[str]:
+        """:return: which are missing"""
+        states = dict(self._state["callbacks"])
+        for name, each in named_callbacks(callback):
+            state = states.pop(name, None)
+            if state is None:
+                continue
+            restore_callback(each, state)
+            envs = dict(own_envs(each))
+            for attribute, env_state in state["envs"].items():
+                if attribute in envs:
+                    _restore_env(envs[attribute], env_state, self._trust, fresh=True)
+        forgotten = [name.rpartition(".")[2] for (name, _), state in states.items() if state["is_needed"]]
+        return [f"the run had a callback {name}, which was not given" for name in forgotten]
+
+    def make_logger(self) -> Logger:
         """A logger with the outputs that the run had."""
-        return make_logger(self._state["logger"])
+        return make_logger(self._logger)
 
 
 def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -> bool:
@@ -217,6 +244,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
     """
     Read a checkpoint's file, or a folder's newest intact one.
 
+    :return: what :func:`capture_run` returned, and the checkpoints' folder as ``here``
     :raises FileNotFoundError: if there is none
     :raises ValueError: if it is damaged, or of an unknown format
     """
@@ -227,7 +255,15 @@ def load_run(path: str | Path) -> dict[str, Any]:
             f"({'; '.join(state['problems'])})",
             stacklevel=3,
         )
+    if state["doubts"]:
+        warnings.warn(f"this resume is not bit-exact: {'; '.join(state['doubts'])}", stacklevel=3)
     here, there = _surroundings(), state["made_with"]
     if differences := [f"{name} {here.get(name)} instead of {there[name]}" for name in there if there[name] != here.get(name)]:
         warnings.warn(f"this resume may not be bit-exact, with {', '.join(differences)}", stacklevel=3)
-    return state
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return {**state, "here": folder.resolve()}
+
+
+def dumps(state: dict[str, Any]) -> bytes:
+    """The content of a checkpoint's file."""
+    return pickle.dumps(state, pickle.HIGHEST_PROTOCOL)

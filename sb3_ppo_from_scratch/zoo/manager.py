@@ -248,7 +248,8 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
             return results
         model, hyperparams = results
         assert model.env is not None  # the zoo has just made it
-        return ScratchPPO.resume(Path(self.save_path) / _CHECKPOINTS, model.env, device=self.device), hyperparams
+        folder = Path(self.save_path) / _CHECKPOINTS
+        return ScratchPPO.resume(folder, model.env, self.device, logs=self.tensorboard_log), hyperparams
 
     def learn(self, model: BaseAlgorithm) -> None:
         """As the zoo does, or what is left of it."""
