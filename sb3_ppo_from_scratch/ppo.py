@@ -440,6 +440,10 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
+        if getattr(self.env.unwrapped, "closed", False):
+            raise ValueError(
+                "env is closed, or its processes were ended with a run that failed: make it anew and call set_env(env)"
+            )
         return super()._setup_learn(*args, **kwargs)
 
     def collect_rollouts(

@@ -21,7 +21,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_ppo_from_scratch.checkpoint.callback_state import all_callbacks
 from sb3_ppo_from_scratch.checkpoint.files import checkpoint_files, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.ownership import FolderLock
-from sb3_ppo_from_scratch.checkpoint.run_state import capture_run, dumps
+from sb3_ppo_from_scratch.checkpoint.run_state import Known, capture_run, dumps
 from sb3_ppo_from_scratch.checks.arguments import check_integer
 from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError, end_workers, explain_failure, watch_workers
 
@@ -56,9 +56,19 @@ class ResumableCheckpoint(BaseCallback):
     :param path: folder for the checkpoints, and for nothing else
     :param keep: checkpoints to keep, at least 1; with 2 there is another one if the last is damaged
     :param verbose: 1 for a line per checkpoint
+    :param try_out: whether to step environments in a fork of their process, where there can be one, to see if they go on from
+        a checkpoint as they would have. The fork can use none of their open files and connections; for environments that
+        open new ones in ``step`` or ``reset``, ``False``.
     """
 
-    def __init__(self, save_freq: int | None = None, path: str | Path = "checkpoints", keep: int = 2, verbose: int = 0):
+    def __init__(
+        self,
+        save_freq: int | None = None,
+        path: str | Path = "checkpoints",
+        keep: int = 2,
+        verbose: int = 0,
+        try_out: bool = True,
+    ):
         super().__init__(verbose)
         if save_freq is not None:
             check_integer("save_freq", save_freq, 1)
@@ -66,6 +76,7 @@ class ResumableCheckpoint(BaseCallback):
         self.save_freq = save_freq
         self.path = Path(path)
         self.keep = keep
+        self.try_out = try_out
         self._written: Path | None = None
         self._owner: weakref.ref[OnPolicyAlgorithm] | None = None
         self._lock = FolderLock()
@@ -73,7 +84,7 @@ class ResumableCheckpoint(BaseCallback):
         self._snapshot: tuple[int, dict[str, Any]] | None = None
         self._saved_at = -1
         self._next_time = 0.0
-        self._doubts: list[str] | None = None
+        self._known: Known | None = None
         self.signal: int | None = None
 
     def state_dict(self) -> None:
@@ -102,7 +113,7 @@ class ResumableCheckpoint(BaseCallback):
                 f"{where} holds another run's checkpoints: continue that run with ScratchPPO.resume, or give an empty folder"
             )
         self._owner, self._root = weakref.ref(model), root
-        self._snapshot = self._doubts = self.signal = None
+        self._snapshot = self._known = self.signal = None
         self._saved_at = -1
         self._next_time = 0.0
 
@@ -131,15 +142,16 @@ class ResumableCheckpoint(BaseCallback):
 
     def _take_snapshot(self) -> None:
         try:
-            state = capture_run(self.model, self._root, self.path, self._doubts)  # type: ignore[arg-type]  # of a rollout algorithm
+            model: Any = self.model  # a rollout algorithm, which trains with this callback
+            state = capture_run(model, self._root, self.path, self._known, self.try_out)
         except (EOFError, ConnectionError) as error:  # from an environment's process
             raise explain_failure(self.training_env, error) from error
         except OSError as error:  # of a log file that is part of the run
             self._warn(error)
             return
         self._snapshot = (self.model.num_timesteps, state)
-        if self._doubts is None:
-            self._doubts = state["doubts"]
+        if self._known is None:
+            self._known = Known(state["doubts"], state["env"]["problems"])
             _tell(state["problems"], state["doubts"])
 
     def write_last_snapshot(self) -> Path | None:
@@ -195,10 +207,10 @@ def _tell(problems: list[str], doubts: list[str]) -> None:
         warnings.warn(
             f"the state of environments cannot be saved ({'; '.join(problems)}): a resumed run will start new episodes "
             "in them, and will not be bit-exact",
-            stacklevel=5,
+            stacklevel=6,
         )
     if doubts:
-        warnings.warn(f"a resumed run will not be bit-exact ({'; '.join(doubts)})", stacklevel=5)
+        warnings.warn(f"a resumed run will not be bit-exact ({'; '.join(doubts)})", stacklevel=6)
 
 
 # ------------------------------------------------------- signals and errors
@@ -229,6 +241,9 @@ def guarded_training(
         files = [(each.write_last_snapshot(), each.steps_in_file) for each in checkpoints]
         if isinstance(error, (EnvFailedError, Interrupted)):
             end_workers(env)
+        elif getattr(env.unwrapped, "waiting", False):  # for processes whose answers nobody knows how much of has been read
+            end_workers(env)
+            print("Ended in the middle of a step; make the environments anew to go on with this model", file=sys.stderr)
         for file, steps in files:
             _say_where(error, file, steps, model.num_timesteps)
         raise

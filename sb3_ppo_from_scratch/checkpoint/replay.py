@@ -127,12 +127,13 @@ def in_a_fork(function: Callable[[], Any], seconds: float) -> Any:
     :param seconds: to wait
     :raises ForkError: if nothing comes back
     """
+    own = generators()
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks are why the wait has an end
         pid = os.fork()
     if pid == 0:
-        _answer(function, write)
+        _answer(function, write, own)
     os.close(write)
     try:
         answer = _read_all(read, time.monotonic() + seconds)
@@ -148,13 +149,14 @@ def in_a_fork(function: Callable[[], Any], seconds: float) -> Any:
     return result
 
 
-def _answer(function: Callable[[], Any], write: int) -> NoReturn:
+def _answer(function: Callable[[], Any], write: int, own: dict[str, Any]) -> NoReturn:
     """In the fork: nothing that it inherits may be written to, read on, or finished."""
     try:
         gc.disable()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _cut_off({int(name) for name in os.listdir("/proc/self/fd")} - {write})
+        set_generators(own)  # Python has given its own another seed
         try:
             answer = (True, function())
         except BaseException as error:  # noqa: BLE001  # a fork must never go on as its parent would

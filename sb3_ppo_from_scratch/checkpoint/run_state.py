@@ -15,7 +15,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -36,31 +36,43 @@ from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, make_logge
 from sb3_ppo_from_scratch.checkpoint.replay import generators, set_generators
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import Trial, capture_vec_env, difference_after, restore_vec_env
 
-__all__ = ["Resumed", "capture_run", "load_run"]
+__all__ = ["Known", "Resumed", "capture_run", "dumps", "load_run"]
 
-_FIRST, _LATER = 0.5, 0.01
-"""Seconds that environments are tried out for, at the first checkpoint and at others."""
+_FIRST = Trial(0.5, again=True)
+_LATER = Trial(0.001)
+"""How environments are tried out: for long at the run's first checkpoint; at others only to know them by what they do next."""
+
+
+class Known(NamedTuple):
+    """What was found at a run's first checkpoint, and holds for the others."""
+
+    doubts: list[str]
+    problems: list[str]
+    """of the training environments"""
 
 
 # ------------------------------------------------------- what a run depends on
 
 
 def capture_run(
-    model: OnPolicyAlgorithm, callback: BaseCallback, folder: Path, doubts: list[str] | None = None
+    model: OnPolicyAlgorithm, callback: BaseCallback, folder: Path, known: Known | None = None, try_out: bool = True
 ) -> dict[str, Any]:
     """
     Everything that the rest of a run depends on; only at a boundary.
 
     :param folder: where its checkpoints are written
-    :param doubts: what was found at the run's first checkpoint, ``None`` if this is it, which is tried out for longer
+    :param known: what was found at the run's first checkpoint, ``None`` if this is it
+    :param try_out: whether to step environments in a fork
     :return: plain data; ``problems`` is what of the environments cannot be captured, ``doubts`` what else will not be the same
     """
     saved_model = io.BytesIO()
     model.save(saved_model)
     assert model.env is not None  # training has one
-    seconds = _FIRST if doubts is None else _LATER
-    env = capture_vec_env(model.env, Trial(seconds))
-    callbacks = [(name, _capture_callback(each, seconds)) for name, each in named_callbacks(callback)]
+    trial = _FIRST if known is None else _LATER
+    env = capture_vec_env(model.env, trial if try_out else None)
+    if known is not None:
+        env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
+    callbacks = [(name, _capture_callback(each, try_out)) for name, each in named_callbacks(callback)]
     parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
     return {
@@ -75,13 +87,14 @@ def capture_run(
         "logger": _absolute(capture_logger(model.logger)),
         "folder": str(folder.resolve()),
         "problems": list(dict.fromkeys(problem for part in parts for problem in part["problems"])),
-        "doubts": _doubts(parts, callback) if doubts is None else doubts,
+        "doubts": _doubts(parts, callback) if known is None else known.doubts,
         "made_with": _surroundings(),
     }
 
 
-def _capture_callback(callback: BaseCallback, seconds: float) -> dict[str, Any]:
-    trial = Trial(seconds, reset_at=0)  # whoever evaluates begins with a reset, and may not have begun yet
+def _capture_callback(callback: BaseCallback, try_out: bool) -> dict[str, Any]:
+    # whoever evaluates begins with a reset, and may not have begun yet
+    trial = Trial(0.002, again=True, reset_at=0) if try_out else None
     return {**capture_callback(callback), "envs": {name: capture_vec_env(env, trial) for name, env in own_envs(callback)}}
 
 

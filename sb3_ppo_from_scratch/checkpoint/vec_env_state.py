@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,8 @@ class Trial(NamedTuple):
 
     seconds: float
     """that a trace may take"""
+    again: bool = False
+    """whether to put their state back in place, and see if they do the same again"""
     reset_at: int = 3
     """steps before all are reset; 0 for those that have not been yet"""
 
@@ -116,7 +119,7 @@ def _tried_out(env: VecEnv, put_back: Callable[[], Any] | None, trial: Trial | N
     def twice() -> tuple[Any, Any, str]:
         own = generators()
         first = trace(env, trial.seconds, reset_at=trial.reset_at)
-        if put_back is None:
+        if put_back is None or not trial.again:
             return first, None, ""
         set_generators(own)
         try:
@@ -128,7 +131,7 @@ def _tried_out(env: VecEnv, put_back: Callable[[], Any] | None, trial: Trial | N
     try:
         first, second, problem = in_a_fork(twice, 20 * trial.seconds + 5.0)
     except (ForkError, OSError) as error:
-        return None, ([f"{_names(env)}: it could not be tried out ({error})"] if put_back is not None else []), ""
+        return None, ([f"{_names(env)}: it could not be tried out ({error})"] if trial.again else []), ""
     parted = None if second is None else difference(first, second)
     doubts = [] if parted is None else [f"{_names(env, parted[1])}: {_HIDDEN}"]
     return first, doubts, f"{_names(env)}: {problem}" if problem else ""
@@ -248,7 +251,7 @@ def capture_vec_env(env: VecEnv, trial: Trial | None = None) -> dict[str, Any]:
     state: dict[str, Any] = {"wrappers": [each for each, _ in wrappers], "generators": [], "trace": None, "doubts": []}
     if isinstance(levels[-1], SubprocVecEnv):
         problems += _capture_workers(levels[-1], state, trial)
-        if trial is not None and not problems:
+        if trial is not None and trial.again and not problems:
             state["doubts"] += _try_wrappers(levels, state["wrappers"], trial)
     else:
         worlds = [_state_or_reason(world) for world in _worlds(levels[-1])]
@@ -279,7 +282,7 @@ def _side_by_side(traces: list[Any]) -> Any:
 
 def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> None:
     """
-    Put a captured state into a ``VecEnv`` of the same make; what could not be captured stays as it is.
+    Put a captured state into a ``VecEnv`` of the same make; what could not be captured or put back stays as it is.
 
     :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
     """
@@ -291,15 +294,20 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> 
             f"env must have {len(state['wrappers'])} vectorized levels and {len(state['worlds'])} environments as the "
             f"checkpoint's had, not {level_names(levels)} and {n_worlds}"
         )
-    if isinstance(base, SubprocVecEnv):
-        _restore_workers(base, state, trust)
-    else:
-        for world, world_state in zip(_worlds(base), state["worlds"], strict=True):
-            if world_state is not None:
-                restore(world, world_state, trust)
-    for level, level_state in zip(levels, state["wrappers"], strict=True):
-        if level_state is not None:
-            restore(level, level_state, trust)
+    problems = state.get("problems")  # they have been said
+    with contextlib.suppress(*([ValueError] if problems else [])):
+        if isinstance(base, SubprocVecEnv):
+            _restore_workers(base, state, trust)
+        else:
+            _restore_all(_worlds(base), state["worlds"], trust)
+    with contextlib.suppress(*([ValueError] if problems else [])):
+        _restore_all(levels, state["wrappers"], trust)
+
+
+def _restore_all(levels: list[Any], states: list[bytes | None], trust: bool) -> None:
+    for level, state in zip(levels, states, strict=True):
+        if state is not None:
+            restore(level, state, trust)
 
 
 def _restore_workers(base: SubprocVecEnv, state: dict[str, Any], trust: bool) -> None:
