@@ -76,6 +76,15 @@ class Drawing(Walk):
         return self.function()
 
 
+class Seeding(Drawing):
+    """Seeds Python's global generator with its own: a forked process begins with another one each time."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if seed is not None:
+            random.seed(seed)
+        return super().reset(seed=seed)
+
+
 class Holding(Walk):
     """Draws by turning the crank of an object that it holds."""
 
@@ -537,7 +546,7 @@ SETUPS: dict[str, Setup] = {
     "Counter": Setup(dummy(lambda: Holding(collections.Counter(), counting)), same=True),
     "OrderedDict": Setup(dummy(lambda: Holding(collections.OrderedDict(), counting)), same=True),
     "array": Setup(dummy(lambda: Holding(np.zeros(1), counting)), same=True),
-    "array.array": Setup(dummy(lambda: Holding(__import__("array").array("l"), counting)), same=True),
+    "array.array": Setup(dummy(lambda: Holding(__import__("array").array("l"), counting)), same=False),
     "dataclass": Setup(dummy(lambda: Holding(Counter(), Counter.next)), same=True),
     "object with slots": Setup(dummy(lambda: Holding(SlottedCounter(), SlottedCounter.next)), same=True),
     "named tuple": Setup(dummy(lambda: Holding(Pair(Counter(), Counter()), lambda pair: pair.second.next())), same=True),
@@ -546,7 +555,7 @@ SETUPS: dict[str, Setup] = {
     "itertools.cycle": Setup(dummy(lambda: Holding(itertools.cycle([0.1, 0.7, 0.4]), next)), same=False),
     "iterator of a list": Setup(dummy(lambda: Holding(iter([0.1, 0.7] * 200), next)), same=False),
     "generator function": Setup(dummy(lambda: Holding((scrambled(n) for n in range(999)), next)), same=False),
-    "tensor": Setup(dummy(lambda: Holding(th.zeros(1), lambda held: scrambled(int(held.add_(1))))), same=False),
+    "tensor": Setup(dummy(lambda: Holding(th.zeros(1), lambda held: scrambled(int(held.add_(1))))), same=True),
     "own state": Setup(dummy(OwnState), same=True),
     "own state, incomplete": Setup(dummy(lambda: OwnState(complete=False)), same=False),
     # wrappers
@@ -565,7 +574,7 @@ SETUPS: dict[str, Setup] = {
     # other processes
     "worker's np_random": Setup(forked(Walk), same=True),
     "worker's global NumPy": Setup(forked(lambda: Drawing(global_numpy)), same=True),
-    "worker's global Python": Setup(forked(lambda: Drawing(random.random)), same=True),
+    "worker's global Python": Setup(forked(lambda: Seeding(random.random)), same=True),
     "worker's global torch": Setup(forked(lambda: Drawing(global_torch)), same=True),
     "worker's closure": Setup(forked(closure_counter), same=False),
     "worker's class": Setup(forked(OfClass), same=False),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
@@ -70,6 +71,7 @@ def in_a_process(phase: Callable[[Setup, Path], Any], setup: Setup, folder: Path
             found = phase(setup, folder)
         return found, [str(each.message) for each in caught if any(word in str(each.message) for word in SAYS)]
 
+    th.optim.Adam([th.zeros(1)])  # imports what every child would import for a second or two
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -116,24 +116,29 @@ def _tried_out(env: VecEnv, put_back: Callable[[], Any] | None, trial: Trial | N
     if CANNOT_FORK or trial is None:
         return None, [], ""
 
-    def twice() -> tuple[Any, Any, str]:
-        own = generators()
-        first = trace(env, trial.seconds, reset_at=trial.reset_at)
+    def twice() -> tuple[Any, Any, str, str]:
+        own, failed = generators(), ""
+        try:
+            first = trace(env, trial.seconds, reset_at=trial.reset_at)
+        except Exception as error:  # noqa: BLE001  # of an environment's own; whether it can be put back is another question
+            first, failed = None, f"{type(error).__name__}: {error}"
         if put_back is None or not trial.again:
-            return first, None, ""
+            return first, None, "", failed
         set_generators(own)
         try:
             put_back()
         except Exception as error:  # noqa: BLE001  # whatever keeps a state from being put back will do so on resume
-            return first, None, f"it cannot be put back: {type(error).__name__}: {error}"
-        return first, trace(env, 10 * trial.seconds, len(first), trial.reset_at), ""
+            return first, None, f"it cannot be put back: {type(error).__name__}: {error}", ""
+        second = None if first is None else trace(env, 10 * trial.seconds, len(first), trial.reset_at)
+        return first, second, "", failed
 
     try:
-        first, second, problem = in_a_fork(twice, 20 * trial.seconds + 5.0)
+        first, second, problem, failed = in_a_fork(twice, 20 * trial.seconds + 5.0)
     except (ForkError, OSError) as error:
-        return None, ([f"{_names(env)}: it could not be tried out ({error})"] if trial.again else []), ""
+        first, second, problem, failed = None, None, "", str(error)
+    doubts = [f"{_names(env)}: it could not be tried out ({failed})"] if failed and trial.again else []
     parted = None if second is None else difference(first, second)
-    doubts = [] if parted is None else [f"{_names(env, parted[1])}: {_HIDDEN}"]
+    doubts += [] if parted is None else [f"{_names(env, parted[1])}: {_HIDDEN}"]
     return first, doubts, f"{_names(env)}: {problem}" if problem else ""
 
 
