@@ -131,7 +131,6 @@ class ScratchPPO(OnPolicyAlgorithm):
     }
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
     """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
-    _may_replace_engine = False
 
     def __init__(
         self,
@@ -213,6 +212,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         self._resumed: Resumed | None = None
         if _init_setup_model:
             self._setup_model()
+            self._check_engine()
             self._check_trainable()
             self._check_rollout_size()
 
@@ -262,7 +262,6 @@ class ScratchPPO(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
         self.__dict__.pop("rollout_buffer", None)
         self._engine = None
-        self._check_engine()
         for mlp_policy in (MlpPolicy, SharedMlpPolicy):
             self._maybe_recommend_cpu(mlp_policy.__name__)
 
@@ -270,15 +269,15 @@ class ScratchPPO(OnPolicyAlgorithm):
         super()._setup_lr_schedule()
         self._scheduled_rate = self.learning_rate
 
-    def _check_engine(self) -> None:
+    def _check_engine(self, replace: bool = False) -> None:
         """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
         try:
             choose_engine(self.engine, self.policy, self.precision, self.loss)
         except ValueError as error:
-            if not self._may_replace_engine or self.engine == "auto":
+            if not replace or self.engine == "auto":
                 raise
             choose_engine("auto", self.policy, self.precision, self.loss)
-            warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=4)
+            warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=3)
             self.engine = "auto"
 
     def _plain_numbers(self) -> None:
@@ -471,16 +470,22 @@ class ScratchPPO(OnPolicyAlgorithm):
         callback.on_training_start(locals(), globals())
         with explained_failures():
             resumed.restore_run(self, callback)
-        self._train_until(total_timesteps, callback, log_interval, iteration, resumed=True)
+        resumed.announce(self.num_timesteps)
+        self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
         return self
 
     def _train_until(
-        self, total_timesteps: int, callback: BaseCallback, log_interval: int | None, iteration: int, resumed: bool = False
+        self,
+        total_timesteps: int,
+        callback: BaseCallback,
+        log_interval: int | None,
+        iteration: int,
+        resumed_from: Path | None = None,
     ) -> None:
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
-        with self._engine_released(), guarded_training(self, callback, resumed) as checkpoints, explained_failures():
+        with self._engine_released(), guarded_training(self, callback, resumed_from) as checkpoints, explained_failures():
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
                     checkpoint.at_boundary()
@@ -510,6 +515,10 @@ class ScratchPPO(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
+        if getattr(self.env.unwrapped, "closed", False):
+            raise ValueError(
+                "env is closed, or its processes were ended with a run that failed: make it anew and call set_env(env)"
+            )
         self._check_trainable()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
@@ -796,15 +805,17 @@ class ScratchPPO(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged, or its weights or ``env`` do not fit
         """
         check_flag("allow_pickle", allow_pickle)
-        kwargs["_may_replace_engine"] = "engine" not in kwargs
         with errors_name_the_algorithm(path):
             if allow_pickle:
                 custom_objects = moved_fields(path, custom_objects)
-                return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+                model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+                model._check_engine(replace="engine" not in kwargs)
+                return model
             file = safe_archive(path, custom_objects, cls)
             warn_of_defaults(file.fields)
             with errors_of_file(path, {**kwargs, **(custom_objects or {})}):
                 model = super().load(file.archive, env, device, file.fields, print_system_info, force_reset, **kwargs)
+                model._check_engine(replace="engine" not in kwargs)
                 return finish_load(model, file, kwargs)
 
     def set_parameters(
@@ -829,8 +840,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_engine", "_guard", "_may_replace_engine", "_nan_understood", "_resumed", "_scheduled_rate", "_train_metrics"]
-        ours.append("_warned_of_skipped")
+        ours = ["_engine", "_guard", "_nan_understood", "_resumed", "_scheduled_rate", "_train_metrics", "_warned_of_skipped"]
         return [*super()._excluded_save_params(), *ours]
 
     @classmethod
@@ -841,6 +851,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         allow_pickle: bool = False,
         custom_objects: dict[str, Any] | None = None,
+        logs: str | Path | None = None,
     ) -> SelfScratchPPO:
         """
         The model of a checkpoint that a ``ResumableCheckpoint`` wrote, its environments and all random generators, where they
@@ -852,6 +863,8 @@ class ScratchPPO(OnPolicyAlgorithm):
         :param allow_pickle: whether the checkpoint may bring objects of any class, as environments with attributes of other
             classes than a fresh one's need. Such a file can run code: only for files that you trust.
         :param custom_objects: see :meth:`load`, for schedules that are functions of your own
+        :param logs: a folder that the run's logs may lie in, as ``tensorboard_log``, besides the one that holds the folder of
+            checkpoints: a file does not choose where we write
         :return: a model to call :meth:`continue_learning` on
         :raises FileNotFoundError: if there is no checkpoint
         :raises ValueError: if it is damaged or of an unknown format, or if ``env`` is of another make
@@ -869,7 +882,7 @@ class ScratchPPO(OnPolicyAlgorithm):
         model = cls.load(saved, env, device, custom_objects, force_reset=False, allow_pickle=allow_pickle)
         check_schedules_read(model)
         model.observation_space, model.action_space = env.observation_space, env.action_space  # whose generators go on
-        model._resumed = Resumed(state, allow_pickle)
+        model._resumed = Resumed(state, allow_pickle, None if logs is None else Path(logs))
         with explained_failures():
             model._resumed.restore_env(model)
         return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,6 @@ from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack, unpack
 from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
@@ -470,14 +470,6 @@ def test_checkpoints_may_be_taken_by_a_child_of_another_callback(tmp_path: Path)
     assert has_checkpoint(tmp_path)
 
 
-def test_an_engine_gets_its_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(TorchEngine, "get_state", lambda engine: {"calls": 3})
-    monkeypatch.setattr(TorchEngine, "set_state", lambda engine, state: given.append(state))
-    cut_off_and_resumed(cartpole, tmp_path, engine="torch")
-    assert given == [{"calls": 3}]
-
-
 # ------------------------------------------------------- files
 
 
@@ -564,10 +556,107 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_another_runs_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
     checkpoint = ResumableCheckpoint(1, tmp_path)
-    learn(cartpole(), [checkpoint], total=32)
-    learn(cartpole(), [checkpoint], total=32)  # the callback knows them as its own
-    with pytest.raises(ValueError, match="another run's checkpoints"):
-        learn(cartpole(), [ResumableCheckpoint(1, tmp_path)])
+    model, _ = learn(cartpole(), [checkpoint], total=32)
+    model.learn(32, checkpoint)  # the callback knows them as this model's
+    for other in (checkpoint, ResumableCheckpoint(1, tmp_path)):
+        with pytest.raises(ValueError, match="another run's checkpoints"):
+            learn(cartpole(), [other])
+
+
+def test_a_resumed_run_does_not_overwrite_another_ones_checkpoints(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path / name)], total=64)
+    before = sorted(tmp_path.glob("theirs/*"))
+    model = ScratchPPO.resume(checkpoint_files(tmp_path / "ours")[0], cartpole())
+    with pytest.raises(ValueError, match=r"theirs.*another run's checkpoints"):
+        model.continue_learning(ResumableCheckpoint(1, tmp_path / "theirs"))
+    assert sorted(tmp_path.glob("theirs/*")) == before
+    model = ScratchPPO.resume(checkpoint_files(tmp_path / "ours")[0], cartpole())
+    model.continue_learning(ResumableCheckpoint(1, tmp_path / "elsewhere"))  # empty so far
+    assert has_checkpoint(tmp_path / "elsewhere")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX alone")
+def test_two_runs_at_once_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    def begin_another() -> None:
+        with pytest.raises(ValueError, match="is being written to by another run"):
+            learn(cartpole(), [ResumableCheckpoint(1, tmp_path)])
+
+    learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, begin_another)])
+    with pytest.raises(ValueError, match="another ResumableCheckpoint of this one"):
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path / "new"), ResumableCheckpoint(1, tmp_path / "new")])
+
+
+@pytest.mark.parametrize("beside", ["of another version", "a copy", "a dangling link", "a folder", "of another program"])
+def test_what_lies_beside_a_good_checkpoint_does_not_hide_it(beside: str, tmp_path: Path) -> None:
+    learn(cartpole(), [ResumableCheckpoint(64, tmp_path)], total=64)
+    last = checkpoint_files(tmp_path)[-1]
+    other = tmp_path / f"00000099-{10**6}-steps.ckpt"
+    if beside == "of another version":
+        data = bytearray(last.read_bytes())
+        data[16] = 77
+        other.write_bytes(data)
+    elif beside == "a copy":
+        shutil.copy(last, tmp_path / "1 (copy)-64-steps.ckpt")
+        shutil.copy(last, tmp_path / "9-x-steps.ckpt")
+    elif beside == "a dangling link":
+        other.symlink_to("nowhere")
+    elif beside == "a folder":
+        other.mkdir()
+    else:
+        write_checkpoint(tmp_path, pickle.dumps({"problems": StopError}), 10**6, keep=9)
+    assert has_checkpoint(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*trying the one before it")
+        assert ScratchPPO.resume(tmp_path, cartpole()).num_timesteps == 64
+
+
+def test_a_copied_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    def begin(folder: Path, *more: BaseCallback) -> None:
+        model = ScratchPPO(env=cartpole(folder), **SMALL)
+        model.set_logger(configure(str(folder), ["csv", "json"]))
+        evaluating = EvalCallback(cartpole(n_envs=1), eval_freq=20, log_path=str(folder), verbose=0)
+        model.learn(TOTAL, [ResumableCheckpoint(64, folder / "checkpoints"), evaluating, *more])
+
+    with pytest.raises(StopError):
+        begin(tmp_path / "a", StopAt(200))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in ("a", "b"):
+        others = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file() and name not in path.parts}
+        env = cartpole(tmp_path / name)
+        evaluating = EvalCallback(cartpole(n_envs=1), eval_freq=20, log_path=str(tmp_path / name), verbose=0)
+        ScratchPPO.resume(tmp_path / name / "checkpoints", env).continue_learning(evaluating)
+        assert all(path.read_bytes() == content for path, content in others.items())
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert len(rows(tmp_path / "a")["progress.csv"]) >= TOTAL // 32
+
+
+def test_a_file_does_not_choose_where_logs_are_written(tmp_path: Path) -> None:
+    def begin() -> None:
+        model = ScratchPPO(env=cartpole(), **SMALL)
+        model.set_logger(configure(str(tmp_path / "logs"), ["csv"]))
+        model.learn(TOTAL, [ResumableCheckpoint(64, tmp_path / "run" / "checkpoints"), StopAt(200)])
+
+    with pytest.raises(StopError):
+        begin()
+    log = tmp_path / "logs" / "progress.csv"
+    log.write_text("another run's")
+    with pytest.warns(UserWarning, match=r"'csv' is not gone on with.*resume with logs="):
+        model = ScratchPPO.resume(tmp_path / "run" / "checkpoints", cartpole())
+    model.continue_learning()
+    assert log.read_text() == "another run's"
+    ScratchPPO.resume(tmp_path / "run" / "checkpoints", cartpole(), logs=tmp_path / "logs").continue_learning()
+    assert len(rows(tmp_path / "logs")["progress.csv"]) == TOTAL // 32
+
+
+def test_trying_environments_out_changes_nothing(tmp_path: Path) -> None:
+    seen = []
+    for try_out in (False, True):
+        folder = tmp_path / str(try_out)
+        model, states = learn(VecNormalize(cartpole(folder)), [ResumableCheckpoint(1, folder / "c", try_out=try_out)])
+        seen.append((model, states, rows(folder)))
+    assert_same_model(seen[0][0], seen[1][0])
+    assert seen[0][1:] == seen[1][1:]
 
 
 def test_a_disk_that_fills_up_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,14 +697,17 @@ def test_what_is_plain() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_a_checkpoint_and_exits(number: int, status: int, tmp_path: Path) -> None:
+def test_a_signal_loses_nothing_and_exits(number: int, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     stop = StopAt(180, lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as exited:
         learn(cartpole(), [ResumableCheckpoint(10**9, tmp_path), stop])
     assert exited.value.code == status
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    said = capfd.readouterr().err
+    assert "192-steps.ckpt at 192 timesteps: nothing is lost" in said
     ours = ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    assert f"goes on at 192 of {TOTAL} timesteps" in capfd.readouterr().err
     whole, _ = learn(cartpole(), [])
     assert_same_model(ours, whole)
 
@@ -633,15 +725,54 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, first)])
 
 
-def test_a_swallowed_interruption_is_repeated(tmp_path: Path) -> None:
-    def swallow() -> None:
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
+def test_a_signal_is_not_in_the_way_of_an_iteration(tmp_path: Path) -> None:
+    def write() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        assert not has_checkpoint(tmp_path / "later")
 
     steps = Counting()
     with pytest.raises(SystemExit):
-        learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, swallow), steps])
-    assert steps.seen[-1] == 100
+        learn(cartpole(), [ResumableCheckpoint(1, tmp_path), StopAt(100, write), steps])
+    assert steps.seen[-1] == 128
+
+
+def test_ctrl_c_in_a_terminal_does_not_end_workers(tmp_path: Path) -> None:
+    env = forked_cartpole()
+
+    def interrupt_all() -> None:
+        for process in env.processes:
+            os.kill(process.pid, signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        learn(env, [ResumableCheckpoint(10**9, tmp_path), StopAt(100, interrupt_all)])
+    assert ScratchPPO.resume(tmp_path, forked_cartpole()).num_timesteps == 128
+
+
+def test_a_step_that_was_interrupted_leaves_no_processes_out_of_step(capfd: pytest.CaptureFixture[str]) -> None:
+    env = forked_cartpole()
+    model = ScratchPPO(env=env, **SMALL)
+    wait, calls = env.step_wait, iter(range(10))
+
+    def interrupted() -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return wait()
+
+    env.step_wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(TOTAL)
+    assert "make the environments anew" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"env is closed.*set_env"):
+        model.learn(TOTAL)
+    model.set_env(cartpole())
+    model.learn(32)
+
+
+def test_a_finished_run_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    learn(cartpole(), [ResumableCheckpoint(1, tmp_path)])
+    ScratchPPO.resume(tmp_path, cartpole()).continue_learning()
+    assert f"is finished: all its {TOTAL} timesteps are done" in capfd.readouterr().err
 
 
 def test_without_checkpoints_signals_are_untouched() -> None:

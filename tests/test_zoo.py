@@ -227,6 +227,32 @@ def test_an_interrupted_run_goes_on_in_its_folder_with_the_same_bits(tmp_path):
         assert ours["results"].tolist() == theirs["results"].tolist()
 
 
+def test_a_resumed_run_keeps_what_it_was_begun_with(tmp_path):
+    options = ("-f", "logs", "--eval-freq", -1, "--checkpoint-freq", 1)
+    zoo("train", *CARTPOLE, *options, "-n", 128, "--seed", 3, *ENGINE, "n_envs:2", "n_steps:32", cwd=tmp_path)
+    run = tmp_path / "logs" / "scratch_ppo" / "CartPole-v1_1"
+    files = [run / "CartPole-v1" / name for name in ("config.yml", "args.yml", "command.txt")]
+    before = [file.read_text() for file in files]
+    for other, name in (
+        (("-n", 256), "-n must be 128, as --resume"),
+        (("--seed", 4), "--seed must be 3, as --resume"),
+        (("-params", "n_envs:2"), "-params must be {'engine': 'torch', 'n_envs': 2, 'n_steps': 32}, as --resume"),
+        (("-conf", "other.yml"), "gamma must be 0.98, as --resume"),
+    ):
+        text = hyperparams_file().read_text().replace("gamma: 0.98", "gamma: 0.9")
+        (tmp_path / "other.yml").write_text(text)
+        assert name in zoo("train", *CARTPOLE, *options, "--resume", run, *other, cwd=tmp_path, status=1)
+    printed = zoo("train", *CARTPOLE, *options, "--resume", run, cwd=tmp_path)  # whatever is left out is the run's
+    assert "finished" in printed
+    assert "Overwriting" not in printed
+    assert [file.read_text() for file in files] == before
+
+
+def test_help_of_train_lists_our_options(tmp_path):
+    printed = zoo("train", "--help", cwd=tmp_path)
+    assert all(option in printed for option in ("--checkpoint-freq", "--resume", "{dummy,subproc,native,envpool}"))
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path):
     printed = zoo("train", *CARTPOLE, "-f", "logs", "--resume", "nowhere", cwd=tmp_path, status=1)
     assert "--resume nowhere: no checkpoints in nowhere/checkpoints" in printed
@@ -340,15 +366,16 @@ def test_optimize_finishes_and_its_trials_can_be_trained(tmp_path):
 @pytest.mark.parametrize(("cause", "pruned"), [(ValueError("NaN"), True), (KeyError("speed"), False)])
 def test_a_trial_whose_environment_fails_is_pruned_where_the_zoo_would_prune_it(cause, pruned, monkeypatch):
     import optuna
+    from rl_zoo3.exp_manager import ExperimentManager
 
     from sb3_ppo_from_scratch import EnvFailedError
-    from sb3_ppo_from_scratch.zoo import resume as zoo_resume
+    from sb3_ppo_from_scratch.zoo.manager import ScratchExperimentManager
 
     def fail(self, trial):
         raise EnvFailedError("environment 0 failed", 0) from cause
 
-    monkeypatch.setattr(zoo_resume.NativeExperimentManager, "objective", fail)
-    manager = object.__new__(zoo_resume.ResumableExperimentManager)
+    monkeypatch.setattr(ExperimentManager, "objective", fail)
+    manager = object.__new__(ScratchExperimentManager)
     with pytest.raises(optuna.exceptions.TrialPruned if pruned else EnvFailedError, match="environment 0 failed"):
         manager.objective(None)
 

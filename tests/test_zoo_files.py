@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import yaml
 
 pytest.importorskip("rl_zoo3", reason="the zoo is optional: pip install 'sb3-ppo-from-scratch[zoo]'")
 
+from rl_zoo3 import exp_manager, utils
+
 from sb3_ppo_from_scratch import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.archive import read_archive
-from sb3_ppo_from_scratch.zoo.safe_yaml import ConfigLoader
+from sb3_ppo_from_scratch.zoo.safe_yaml import ConfigLoader, evaluate
 from tests.test_safe_load import Calls, with_fields
-from tests.test_zoo import CARTPOLE, zoo
+from tests.test_zoo import CARTPOLE, python, zoo
 
 
 def read(text: str) -> Any:
@@ -86,17 +90,66 @@ def test_what_the_zoo_writes_is_read_as_it_was(data: Any) -> None:
 def test_normalize_is_not_evaluated(text: str, value: Any, tmp_path: Path) -> None:
     assert read(yaml.dump({"normalize": text})) == {"normalize": value}
     for hostile in (f"__import__('os').mkdir({str(tmp_path / 'made')!r})", "dict(a=print())", "dict(**x)", "("):
-        with pytest.raises(UnsafeFileError, match="normalize is"):
-            read(yaml.dump({"normalize": hostile}))
+        for nested in (hostile, repr(hostile), repr(repr(hostile))):
+            with pytest.raises(UnsafeFileError, match="a hyperparameter is"):
+                read(yaml.dump({"normalize": nested}))
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("key", ["env_wrapper", "vec_env_wrapper", "callback"])
+def test_hyperparameters_of_the_zoo_are_parsed_as_they_would_be_evaluated() -> None:
+    texts = {
+        text
+        for file in (Path(utils.__file__).parent / "hyperparams").glob("*.yml")
+        for run in yaml.safe_load(file.read_text()).values()
+        for key, text in run.items()
+        if key in ("normalize", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs") and isinstance(text, str)
+    }
+    assert len(texts) > 20
+    for text in texts:
+        assert evaluate(text) == eval(text, vars(exp_manager) | {"eval": None}), text
+
+
+EVALUATED = ("normalize", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "learning_rate")
+NO_DATA = (
+    "print()",
+    "'print()'",
+    "dict(a=print())",
+    "{'a': print}",
+    "nn.Module",
+    "nn.modules.torch.os",
+    "[].__class__",
+    "0 .real",
+)
+
+
+@pytest.mark.parametrize("field", EVALUATED)
+def test_no_file_reaches_eval(field: str, tmp_path: Path) -> None:
+    """Python's own ``eval`` ends the process here; the zoo reads the field from a run's file, then from hyperparameters."""
+    check = f"""
+import builtins, pathlib, sys, yaml
+from sb3_ppo_from_scratch.zoo.safe_yaml import read_safely
+from rl_zoo3 import exp_manager, utils
+read_safely()
+builtins.eval = lambda *args: sys.exit("evaluated")
+for text in {NO_DATA!r}:
+    pathlib.Path("config.yml").write_text(yaml.dump({{{field!r}: text}}))
+    hyperparams = {{{field!r}: text, "n_timesteps": 1}}
+    manager = object.__new__(exp_manager.ExperimentManager)
+    manager.verbose, manager.n_timesteps, manager.optimize_hyperparameters, manager.n_evaluations = 0, 0, False, 1
+    for read in (lambda: utils.get_saved_hyperparams("."), lambda: manager._preprocess_hyperparams(hyperparams)):
+        try:
+            read()
+        except ValueError:
+            pass
+print("none")
+"""
+    assert python("-c", check, cwd=tmp_path).splitlines()[-1] == "none"
+
+
+@pytest.mark.parametrize("key", ["env_wrapper", "vec_env_wrapper", "callback", "policy"])
 def test_wrappers_are_wrappers(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imported_by_yaml.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    sound = ["gymnasium.wrappers.FlattenObservation", {"stable_baselines3.common.vec_env.VecFrameStack": {"n_stack": 2}}]
-    assert read(yaml.dump({key: sound})) == {key: sound}
     assert read(f"{key}: null") == {key: None}
     for hostile in (
         "imported_by_yaml.Wrapper",
@@ -104,9 +157,141 @@ def test_wrappers_are_wrappers(key: str, tmp_path: Path, monkeypatch: pytest.Mon
         {"timeit.timeit": {"setup": "1"}},
         "gymnasium.make",
         ["os.mkdir"],
+        "rl_zoo3.benchmark.X",
+        "rl_zoo3.exp_manager.VecNormalize",
+        "stable_baselines3.common.vec_env.CloudpickleWrapper",
+        {"os.path.join": {}},
     ):
         with pytest.raises(UnsafeFileError, match=rf"{key} names"):
             read(yaml.dump({key: hostile}))
+    assert "rl_zoo3.benchmark" not in sys.modules
+
+
+def test_sound_wrappers_are_read_as_they_are() -> None:
+    sound = {
+        "policy": "MlpPolicy",
+        "env_wrapper": ["gymnasium.wrappers.FlattenObservation", {"rl_zoo3.wrappers.HistoryWrapper": {"horizon": 2}}],
+        "vec_env_wrapper": {"stable_baselines3.common.vec_env.VecFrameStack": {"n_stack": 2, "channels_order": "last"}},
+        "callback": ["stable_baselines3.common.callbacks.StopTrainingOnNoModelImprovement"],
+    }
+    assert read(yaml.dump(sound)) == sound
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "arguments"),
+    [
+        ("env_wrapper", "stable_baselines3.common.monitor.Monitor", {"filename": "x"}),
+        ("env_wrapper", "stable_baselines3.common.monitor.Monitor", {"info_keywords": ["x"]}),
+        ("env_wrapper", "gymnasium.wrappers.RecordVideo", {"video_folder": "x"}),
+        ("vec_env_wrapper", "stable_baselines3.common.vec_env.VecMonitor", {"filename": "x"}),
+        ("vec_env_wrapper", "stable_baselines3.common.vec_env.VecVideoRecorder", {"video_folder": "x"}),
+        ("vec_env_wrapper", "stable_baselines3.common.vec_env.VecFrameStack", {"n_stack": 10**9}),
+        ("callback", "stable_baselines3.common.callbacks.CheckpointCallback", {"save_freq": 1, "save_path": "x"}),
+        ("env_wrapper", "rl_zoo3.wrappers.HistoryWrapper", {"horizon": {"a": 1}}),
+    ],
+)
+def test_a_file_does_not_choose_where_we_write(key: str, name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UnsafeFileError, match=f"{key} gives {name} the argument"):
+        read(yaml.dump({key: [{name: arguments}]}))
+    path = f"{key}: [{{{name}: {{filename: !!python/object/apply:pathlib.PosixPath [x]}}}}]"
+    with pytest.raises(UnsafeFileError, match=f"{key} gives"):
+        read(path)
+
+
+EXHAUSTING = {
+    "anchors": "a: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+    "many anchors": "".join(f"a{n}: &a{n} x\n" for n in range(10**5)),
+    "base 60": "a: 1" + ":1" * 20_000,
+    "digits": "a: " + "9" * 20_000,
+    "hexadecimal": "a: 0x" + "f" * 20_000,
+    "digits of a fraction": "a: 1" + ":1" * 20_000 + ".5",
+    "depth": "a: " + "[" * 5000,
+    "depth closed": "a: " + "[" * 100 + "]" * 100,
+    "recursion": "&a {a: [*a]}",
+    "recursive key": "? &a [*a]\n: 1",
+    "merges": "a: &a {x: 1}\nb: {<<: [" + ", ".join(["*a"] * 9000) + "]}",
+    "values": "a: [" + "1," * 20_000 + "]",
+    "frames": "frame_stack: 1000000000",
+    "evaluated": "normalize: " + repr("(" * 1500),
+    "evaluated unary": "normalize: " + repr("-" * 1500 + "1"),
+}
+
+
+@pytest.mark.parametrize("text", EXHAUSTING.values(), ids=EXHAUSTING.keys())
+def test_no_yaml_exhausts(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text(text)
+    begin = resource.getrusage(resource.RUSAGE_SELF)
+    with file.open() as opened, pytest.raises(ValueError, match=r"config\.yml|a hyperparameter is"):
+        yaml.load(opened, Loader=ConfigLoader)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    assert used.ru_maxrss - begin.ru_maxrss < 200 * 1024  # KiB; 10^5 anchors alone are more than that, once read
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            b"",
+            b"null",
+            b"[1]",
+            b"x",
+            b"1: 2",
+            b"a: 1\n---\nb: 2",
+            b"? [a]\n: 1",
+            b"? {a: 1}\n: 1",
+            b"a: 2001-99-99",
+            b"a: *b",
+        ),
+        *(
+            b"a: !!int x",
+            b"a: !!float [1]",
+            b"\xff\xfe",
+            b"\x00",
+            b"a: \x07",
+            b"a: !!omap 1",
+            b"a: !!set [1]",
+        ),
+        *(
+            b"normalize: [1]",
+            b"frame_stack: x",
+            b"frame_stack: null",
+            b"frame_stack: 1.5",
+            b"frame_stack: true",
+            b"n_envs: -1",
+        ),
+        *(
+            b"env_kwargs: [1]",
+            b"env_kwargs: x",
+            b"env_wrapper: [{a.b: 1}]",
+            b"env_wrapper: {a.B: 1, c.D: 2}",
+            b"env_wrapper: 1",
+        ),
+        *(b"policy: [a.b]", b"!!python/tuple {a: 1}", b"!!python/object/apply:numpy.dtype {args: 1}", b"<<: 1", b"<<: [1]"),
+        *(
+            b"env_wrapper: [{rl_zoo3.wrappers.FrameSkip: }]",
+            b"%YAML 9.9\n---\na: 1",
+            b"%TAG ! x:\n---\n!y a",
+            b"@a",
+            b"a: |9\n x",
+        ),
+    ],
+)
+def test_whatever_a_file_holds_there_is_one_error_that_names_it(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yml|names|gives|YAML file"), file.open() as opened:
+        yaml.load(opened, Loader=ConfigLoader)
+
+
+@pytest.mark.parametrize(
+    "content", [b"a: 1", b"env: [1]\nenv_kwargs: null", b"env: os:CartPole-v1", b"env: --help", b"env: x\nenv_kwargs: 1"]
+)
+def test_arguments_of_a_run_are_checked_too(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "args.yml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"args\.yml"), file.open() as opened:
+        yaml.load(opened, Loader=ConfigLoader)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,8 @@ def _attributes(level: Any) -> dict[str, Any]:
 
 
 def _keeps_own_state(level: Any) -> bool:
-    return callable(getattr(level, "state_dict", None)) and callable(getattr(level, "load_state_dict", None))
+    kind = type(level)  # a wrapper would answer with the attributes of what it wraps
+    return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
 
 
 class _Pickler(pickle.Pickler):

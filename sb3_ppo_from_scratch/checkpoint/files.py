@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_ppo_from_scratch.checkpoint.plain_data import unpack
+from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.archive import read_bytes
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 
@@ -23,22 +24,17 @@ FORMAT_VERSION = 2
 _MAGIC = b"scratch-ppo-run\n"
 _HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
 _SUFFIX = ".ckpt"
-_NAME = re.compile(rf"[0-9]{{1,12}}-.*{re.escape(_SUFFIX)}")
-"""Others than these are no checkpoints of ours: copies that somebody has made, say."""
+_NAME = re.compile(rf"[0-9]{{1,18}}-[0-9]{{1,18}}-steps\{_SUFFIX}")
 
 
 class CorruptCheckpointError(ValueError):
     """The file is not a checkpoint, or is not whole."""
 
 
-class _OtherFormatError(CorruptCheckpointError):
-    """The file is whole, but of a version of the package that is not this one."""
-
-
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The checkpoints of a folder in the order in which they were written."""
-    ours = [path for path in folder.glob(f"[0-9]*-*{_SUFFIX}") if _NAME.fullmatch(path.name) and path.is_file()]
-    return sorted(ours, key=lambda path: int(path.name.partition("-")[0]))
+    """The checkpoints of a folder in the order in which they were written; copies under other names are none."""
+    files = (path for path in folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.name) and path.is_file())
+    return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int) -> Path:
@@ -104,14 +100,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     files = checkpoint_files(path)
     if not files:
         raise FileNotFoundError(f"path={str(path)!r} holds no checkpoint ({len(list(path.iterdir()))} other files)")
-    problems = []
+    reasons = []
     for file in reversed(files):
         try:
             return _read_file(file)
-        except (CorruptCheckpointError, OSError) as error:
-            problems.append(str(error))
-            warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
-    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint: {'; '.join(problems)[:1000]}")
+        except UnsafeFileError:
+            raise
+        except (ValueError, OSError) as error:  # of another version, or gone since it was listed: as good as damaged
+            reasons.append(str(error))
+            if file is not files[0]:
+                warnings.warn(f"{error}; trying the one before it", RuntimeWarning, stacklevel=3)
+    raise CorruptCheckpointError(f"path={str(path)!r} holds no intact checkpoint: {'; '.join(reasons)[:1000]}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} is not a checkpoint, or cut off in its header")
     _, version, length, digest = _HEADER.unpack_from(data)
     if not 1 <= version <= FORMAT_VERSION:
-        raise _OtherFormatError(
+        raise ValueError(
             f"{path} has format version {version}; this version of sb3_ppo_from_scratch reads version {FORMAT_VERSION} and "
             "before"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def capture_logger(logger: Logger) -> dict[str, Any]:
     """
     recorded = {key: value for key, value in logger.name_to_value.items() if is_plain(value)}
     return {
-        "folder": logger.dir,
+        "folder": None if logger.dir is None else str(Path(logger.dir).resolve()),
         "values": recorded,
         "counts": {key: count for key, count in logger.name_to_count.items() if key in recorded},
         "excluded": {key: names for key, names in logger.name_to_excluded.items() if key in recorded},
@@ -63,7 +62,7 @@ def _capture_format(output: KVWriter) -> dict[str, Any]:
         output.writer.flush()
         return {
             "name": "tensorboard",
-            "folder": str(folder),
+            "folder": str(folder.resolve()),
             "sizes": {f.name: f.stat().st_size for f in _event_files(folder)},
             "heads": {f.name: _head(f, f.stat().st_size) for f in _event_files(folder)},
         }
@@ -82,43 +81,49 @@ def _head(path: Path, size: int) -> str:
 # ------------------------------------------------------------------ whose files they are
 
 
-def locate_logger(state: dict[str, Any], checkpoints: Path) -> dict[str, Any]:
+def locate_logger(state: dict[str, Any], saved: str | None, here: Path, more: Path | None) -> dict[str, Any]:
     """
-    A logger's state, with every output where this run may write, or without a name and with the reason.
+    The logger's state with its folders as they are now, without outputs that are not this run's to write.
+
+    A run's folder is the one that its checkpoints' folder lies in. It may have been moved, or copied; and a file never chooses
+    where we write. What lies there already is gone on with only if it begins with what this run had written.
 
     :param state: of :func:`capture_logger`
-    :param checkpoints: the folder that the checkpoint lies in; the one above it is the run's
-    :raises ValueError: if it is none of ours
+    :param saved: the checkpoints' folder when they were written, if that is known
+    :param here: where they are now
+    :param more: another folder, chosen by the user, that its logs may lie in
+    :raises ValueError: if the state is none of ours
     """
     _check_state(state)
-    own = checkpoints.resolve().parent
-    formats = [_locate(saved, saved.get("folder") or state["folder"], own) for saved in state["formats"]]
-    folders = [located["folder"] for located in formats if located.get("folder")]
-    return {**state, "formats": formats, "folder": folders[0] if folders else None, "own": str(own)}
+    own, given = here.parent.resolve(), None if more is None else more.resolve()
+
+    def now(folder: str) -> Path:
+        path = Path(folder)
+        above = None if saved is None else Path(saved).parent
+        return (own / path.relative_to(above) if above is not None and path.is_relative_to(above) else path).resolve()
+
+    formats = []
+    for each in state["formats"]:
+        recorded = each.get("folder") or state["folder"]
+        place = None if recorded is None else now(recorded)
+        if each["name"] not in (*_FILES, "tensorboard"):
+            formats.append(each)
+        elif place is not None and _may_write(each, place, own, given):
+            formats.append({**each, "folder": str(place)})
+        else:
+            warnings.warn(
+                f"the log {each['name']!r} is not gone on with, for {recorded} is not in the run's folder {own}, or holds "
+                "another run's: resume with logs=, or call set_logger before continuing",
+                stacklevel=5,
+            )
+    folders = [each["folder"] for each in formats if each.get("folder")]
+    return {**state, "folder": folders[0] if folders else None, "formats": formats, "own": str(own)}
 
 
-def _locate(saved: dict[str, Any], recorded: str | None, own: Path) -> dict[str, Any]:
-    name = saved["name"]
-    if name not in (*_FILES, "tensorboard"):
-        return dict(saved)
-    places = list(_places(Path(recorded or "."), own))
-    for place in places:
-        if _is_continued(saved, place):
-            return {**saved, "folder": str(place)}
-    for place in places:
-        if place.is_relative_to(own) and not _exists(saved, place):
-            return {**saved, "folder": str(place)}
-    return {"name": None, "why": f"the {name} log in {recorded} is not of this run, or lies outside its folder {own}"}
-
-
-def _places(recorded: Path, own: Path) -> Iterator[Path]:
-    """Where a folder may be by now: below the run's own, wherever that is, and where it was."""
-    recorded = recorded.resolve()
-    for length in range(len(recorded.parts)):
-        place = own.joinpath(*recorded.parts[len(recorded.parts) - length :])
-        if length == 0 or place.is_dir():
-            yield place
-    yield recorded
+def _may_write(saved: dict[str, Any], place: Path, own: Path, given: Path | None) -> bool:
+    if given is not None and place.is_relative_to(given):
+        return True
+    return place.is_relative_to(own) and (not _exists(saved, place) or _is_continued(saved, place))
 
 
 def _exists(saved: dict[str, Any], place: Path) -> bool:
@@ -206,8 +211,7 @@ def make_logger(state: dict[str, Any]) -> Logger:
     outputs = []
     for saved in state["formats"]:
         if saved["name"] is None:
-            why = saved.get("why", "an output of the logger is not one of SB3's")
-            warnings.warn(f"{why}: call set_logger before continuing", stacklevel=2)
+            warnings.warn("an output of the logger is not one of SB3's: call set_logger before continuing", stacklevel=2)
             continue
         if saved["name"] == "tensorboard":
             _cut_events(saved)

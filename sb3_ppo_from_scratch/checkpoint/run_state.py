@@ -8,67 +8,102 @@ the middle of one (SB3 issues 1526 and 1643).
 
 from __future__ import annotations
 
-import inspect
 import io
-import random
+import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.checkpoint.env_state import put_attributes
+from sb3_ppo_from_scratch.checkpoint.callback_state import (
+    capture_callback,
+    named_callbacks,
+    own_envs,
+    restore_callback,
+    unsaved,
+)
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
 from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, is_own_folder, locate_logger, make_logger, restore_logger
-from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack
-from sb3_ppo_from_scratch.checkpoint.vec_env_state import capture_vec_env, restore_vec_env
+from sb3_ppo_from_scratch.checkpoint.plain_data import pack
+from sb3_ppo_from_scratch.checkpoint.replay import generators, set_generators
+from sb3_ppo_from_scratch.checkpoint.vec_env_state import Trial, capture_vec_env, difference_after, restore_vec_env
+from sb3_ppo_from_scratch.checkpoint.whole import whole_run
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
-from sb3_ppo_from_scratch.safe_files.values import numpy_state, python_state
 
-if TYPE_CHECKING:
-    from sb3_ppo_from_scratch.ppo import ScratchPPO
+__all__ = ["Known", "Resumed", "capture_run", "dumps", "load_run"]
 
-__all__ = ["Resumed", "all_callbacks", "capture_run", "load_run"]
+_FIRST = Trial(0.5, again=True)
+_LATER = Trial(0.001)
+"""How environments are tried out: for long at the run's first checkpoint; at others only to know them by what they do next."""
+
+
+class Known(NamedTuple):
+    """What was found at a run's first checkpoint, and holds for the others."""
+
+    doubts: list[str]
+    problems: list[str]
+    """of the training environments"""
 
 
 # ------------------------------------------------------- what a run depends on
 
 
-def capture_run(model: ScratchPPO, callback: BaseCallback) -> tuple[bytes, list[str]]:
+def capture_run(
+    model: OnPolicyAlgorithm, callback: BaseCallback, folder: Path, known: Known | None = None, try_out: bool = True
+) -> dict[str, Any]:
     """
     Everything that the rest of a run depends on; only at a boundary.
 
-    :return: plain data as bytes, and what of the environments cannot be captured
+    :param folder: where its checkpoints are written
+    :param known: what was found at the run's first checkpoint, ``None`` if this is it
+    :param try_out: whether to step environments in a fork
+    :return: plain data; ``problems`` is what of the environments cannot be captured, ``doubts`` what else will not be the same
     """
     saved_model = io.BytesIO()
     model.save(saved_model)
-    env = capture_vec_env(model.env)  # type: ignore[arg-type]  # training has one
-    callbacks = [(name, _capture_callback(each)) for name, each in _named(callback)]
-    of_callbacks = [part for _, state in callbacks for part in state["envs"].values()]
-    problems = [problem for part in (env, *of_callbacks) for problem in part["problems"]]
-    unique = list(dict.fromkeys(problems))
+    assert model.env is not None  # training has one
+    trial = _FIRST if known is None else _LATER
+    env = capture_vec_env(model.env, trial if try_out else None)
+    if known is not None:
+        env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
+    callbacks = [(name, _capture_callback(each, try_out)) for name, each in named_callbacks(callback)]
+    parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
-    state = {
+    return {
         "n_envs": model.n_envs,
         "model": saved_model.getvalue(),
         "learn": learn,
+        "num_timesteps": model.num_timesteps,
         "elapsed": time.time_ns() - int(model.start_time),
         "random": _random_states(),
         "env": env,
         "callbacks": callbacks,
         "logger": capture_logger(model.logger),
-        "problems": unique,
+        "folder": str(folder.resolve()),
+        "problems": list(dict.fromkeys(problem for part in parts for problem in part["problems"])),
+        "doubts": _doubts(parts, callback) if known is None else known.doubts,
         "made_with": _surroundings(),
     }
-    return pack(state), unique
+
+
+def _capture_callback(callback: BaseCallback, try_out: bool) -> dict[str, Any]:
+    # whoever evaluates begins with a reset, and may not have begun yet
+    trial = Trial(0.002, again=True, reset_at=0) if try_out else None
+    return {**capture_callback(callback), "envs": {name: capture_vec_env(env, trial) for name, env in own_envs(callback)}}
+
+
+def _doubts(parts: list[dict[str, Any]], callback: BaseCallback) -> list[str]:
+    of_envs = [doubt for part in parts for doubt in part["doubts"]]
+    of_callbacks = [f"callback: {what} is not saved" for _, each in named_callbacks(callback) for what in unsaved(each)]
+    return list(dict.fromkeys([*of_envs, *of_callbacks]))
 
 
 def _surroundings() -> dict[str, str]:
@@ -79,91 +114,13 @@ def _surroundings() -> dict[str, str]:
 
 def _random_states() -> dict[str, Any]:
     cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() and th.cuda.is_initialized() else []
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": th.get_rng_state().numpy(),
-        "cuda": [state.numpy() for state in cuda],
-    }
+    return {**generators(), "cuda": [state.numpy() for state in cuda]}
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(python_state(states["python"]))
-    np.random.set_state(numpy_state(states["numpy"]))
-    th.set_rng_state(th.from_numpy(states["torch"].copy()))
+    set_generators(states)
     if states["cuda"] and th.cuda.device_count() == len(states["cuda"]):
         th.cuda.set_rng_state_all([th.from_numpy(state.copy()) for state in states["cuda"]])
-
-
-# ------------------------------------------------------- callbacks
-
-
-def all_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """Every callback in a tree of them, but for the lists."""
-    children: list[BaseCallback | None] = []
-    if isinstance(callback, CallbackList):
-        children += callback.callbacks
-    else:
-        yield callback
-    if isinstance(callback, EventCallback):
-        children += [callback.callback, getattr(callback, "callback_on_new_best", None)]
-    for child in children:
-        if child is not None:
-            yield from all_callbacks(child)
-
-
-def _named(callback: BaseCallback) -> Iterator[tuple[tuple[str, int], BaseCallback]]:
-    """Every callback, under its class and how many of this class came before it."""
-    seen: Counter[str] = Counter()
-    for each in all_callbacks(callback):
-        name = f"{type(each).__module__}.{type(each).__qualname__}"
-        yield (name, seen[name]), each
-        seen[name] += 1
-
-
-def _capture_callback(callback: BaseCallback) -> dict[str, Any]:
-    """What the callback offers as ``state_dict()``, or else its plain attributes; and its environments."""
-    own = getattr(callback, "state_dict", None)
-    return {
-        "attributes": None if own is not None else _plain_attributes(callback),
-        "state": None if own is None else own(),
-        "envs": {name: capture_vec_env(env) for name, env in _own_envs(callback)},
-    }
-
-
-def _plain_attributes(callback: BaseCallback) -> dict[str, Any]:
-    """Without texts that are constructor's arguments: such are paths and names, which may be others by then."""
-    arguments = inspect.signature(type(callback).__init__).parameters
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if name not in ("locals", "globals", "verbose")
-        and not (isinstance(value, str) and name in arguments)
-        and is_plain(value)
-    }
-
-
-def _own_envs(callback: BaseCallback) -> list[tuple[str, VecEnv]]:
-    return [(name, value) for name, value in vars(callback).items() if isinstance(value, VecEnv)]
-
-
-def _restore_callbacks(callback: BaseCallback, saved: list[Any], trust: bool) -> None:
-    states = dict(saved)
-    for name, each in _named(callback):
-        state = states.get(name)
-        if state is None:
-            continue
-        if state["attributes"] is None:
-            if not hasattr(each, "load_state_dict"):
-                raise ValueError(f"the checkpoint holds a state_dict of {name[0]}, which has no load_state_dict to take it")
-            each.load_state_dict(state["state"])
-        else:
-            mine = vars(each)
-            put_attributes(each, {key: value for key, value in state["attributes"].items() if is_plain(mine.get(key))})
-        envs = dict(_own_envs(each))
-        for attribute, env_state in state["envs"].items():
-            if attribute in envs:
-                _restore_env(envs[attribute], env_state, trust, fresh=True)
 
 
 # ------------------------------------------------------- resuming
@@ -175,16 +132,28 @@ class Resumed:
 
     :param state: of :func:`load_run`
     :param allow_pickle: whether to make whatever objects the environments' states ask for
+    :param logs: a folder that the run's logs may lie in, besides the one that holds the checkpoints' folder
     """
 
-    def __init__(self, state: dict[str, Any], allow_pickle: bool):
+    def __init__(self, state: dict[str, Any], allow_pickle: bool, logs: Path | None = None):
         self._state = state
         self._trust = allow_pickle
         self._fresh = True
+        self.folder: Path = state["here"]
         self.learn: dict[str, Any] = state["learn"]
-        self.exact = not state["problems"]
+        with errors_named(str(self.folder), "there is no way to read it"):
+            self._logger = locate_logger(state["logger"], state["folder"], self.folder, logs)
 
-    def restore_env(self, model: ScratchPPO) -> None:
+    def announce(self, num_timesteps: int) -> None:
+        """Say where the run goes on, or that it has nothing left to do."""
+        total = self.learn["total_timesteps"]
+        if num_timesteps >= total:
+            said = f"The run in {self.folder} is finished: all its {total} timesteps are done"
+        else:
+            said = f"The run in {self.folder} goes on at {num_timesteps} of {total} timesteps"
+        print(said, file=sys.stderr)
+
+    def restore_env(self, model: OnPolicyAlgorithm) -> None:
         """The environments and the random generators; and if the former could not be captured, new first observations."""
         env = model.env
         assert env is not None  # resume() takes one
@@ -195,20 +164,40 @@ class Resumed:
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
 
-    def restore_run(self, model: ScratchPPO, callback: BaseCallback) -> None:
+    def restore_run(self, model: OnPolicyAlgorithm, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""
-        if model.tensorboard_log is not None and not is_own_folder(self._state["logger"], model.tensorboard_log):
+        if model.tensorboard_log is not None and not is_own_folder(self._logger, model.tensorboard_log):
             warnings.warn(f"tensorboard_log={str(model.tensorboard_log)!r} is not of this run: set it anew", stacklevel=3)
             model.tensorboard_log = None
         _set_random_states(self._state["random"])
-        _restore_callbacks(callback, self._state["callbacks"], self._trust)
-        restore_logger(model.logger, self._state["logger"])
+        differences: list[str | None] = [*self._restore_callbacks(callback)]
+        restore_logger(model.logger, self._logger)
         self.restore_env(model)
+        assert model.env is not None  # as above
+        if not self._state["env"]["problems"]:
+            differences.append(difference_after(model.env, self._state["env"]))
+        if found := [each for each in differences if each is not None]:
+            warnings.warn(f"this resume is not bit-exact: {'; '.join(found)}", stacklevel=4)
         model.start_time = time.time_ns() - self._state["elapsed"]
 
-    def make_logger(self) -> Any:
+    def _restore_callbacks(self, callback: BaseCallback) -> list[str]:
+        """:return: which are missing"""
+        states = dict(self._state["callbacks"])
+        for name, each in named_callbacks(callback):
+            state = states.pop(name, None)
+            if state is None:
+                continue
+            restore_callback(each, state)
+            envs = dict(own_envs(each))
+            for attribute, env_state in state["envs"].items():
+                if attribute in envs:
+                    _restore_env(envs[attribute], env_state, self._trust, fresh=True)
+        forgotten = [name.rpartition(".")[2] for (name, _), state in states.items() if state["is_needed"]]
+        return [f"the run had a callback {name}, which was not given" for name in forgotten]
+
+    def make_logger(self) -> Logger:
         """A logger with the outputs that the run had."""
-        return make_logger(self._state["logger"])
+        return make_logger(self._logger)
 
 
 def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -> bool:
@@ -221,105 +210,32 @@ def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -
     return not state["problems"]
 
 
-_PARTS: dict[str, type | UnionType] = {
-    "n_envs": int,
-    "model": bytes,
-    "learn": dict,
-    "elapsed": int,
-    "random": dict,
-    "env": dict,
-    "callbacks": list,
-    "logger": dict,
-    "problems": list,
-    "made_with": dict,
-}
-"""What a checkpoint holds, each of its kind; the engine's state is the engine's."""
-
-
-def _check_run(state: dict[str, Any]) -> None:
-    """:raises ValueError: unless a checkpoint holds all that a run is resumed from"""
-    for name, kind in _PARTS.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"its {name!r} is missing, or not a {kind}")
-    sound = {
-        "problems": all(isinstance(problem, str) for problem in state["problems"]),
-        "made_with": all(isinstance(name, str) for part in state["made_with"].items() for name in part),
-        "learn": _is_learn(state["learn"]),
-        "env": _is_env(state["env"]),
-        "callbacks": all(map(_is_callback, state["callbacks"])),
-        "random": _are_random_states(state["random"]),
-    }
-    for name, right in sound.items():
-        if not right:
-            raise ValueError(f"its {name!r} is not of the make of ours")
-
-
-def _is_learn(learn: dict[str, Any]) -> bool:
-    return (
-        type(learn.get("total_timesteps")) is int
-        and isinstance(learn.get("log_interval"), int | None)
-        and isinstance(learn.get("tb_log_name"), str | None)
-    )
-
-
-def _is_callback(entry: Any) -> bool:
-    if not isinstance(entry, tuple) or len(entry) != 2:
-        return False
-    name, state = entry
-    return (
-        isinstance(name, tuple)
-        and list(map(type, name)) == [str, int]
-        and isinstance(state, dict)
-        and state.keys() == {"attributes", "state", "envs"}
-        and isinstance(state["attributes"], dict | None)
-        and isinstance(state["envs"], dict)
-        and all(map(_is_env, state["envs"].values()))
-    )
-
-
-def _are_random_states(states: dict[str, Any]) -> bool:
-    python_state(states.get("python"))
-    numpy_state(states.get("numpy"))
-    cuda = states.get("cuda")
-    return (
-        _is_torch_state(states.get("torch"), th.get_rng_state().numel())
-        and isinstance(cuda, list)
-        and all(_is_torch_state(each, None) for each in cuda)
-    )
-
-
-def _is_env(state: Any) -> bool:
-    return isinstance(state, dict) and all(
-        isinstance(state.get(name), list) and all(isinstance(part, kind) for part in state[name])
-        for name, kind in (("wrappers", bytes | None), ("worlds", bytes | None), ("problems", str))
-    )
-
-
-def _is_torch_state(state: Any, size: int | None) -> bool:
-    return (
-        isinstance(state, np.ndarray) and state.dtype == np.uint8 and state.ndim == 1 and (size is None or state.size == size)
-    )
-
-
 def load_run(path: str | Path) -> dict[str, Any]:
     """
     Read a checkpoint's file, or a folder's newest intact one.
 
+    :return: what :func:`capture_run` returned, and the checkpoints' folder as ``here``
     :raises FileNotFoundError: if there is none
     :raises ValueError: if it is damaged, or of an unknown format
     """
     state = read_checkpoint(path)
     with errors_named(str(path), "there is no way to read it"):
-        _check_run(state)
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        state["logger"] = locate_logger(state["logger"], folder)
+        state = whole_run(state)
     if state["problems"]:
         warnings.warn(
             f"this resume is not bit-exact: environments start new episodes, for their state could not be saved "
             f"({'; '.join(state['problems'])})",
             stacklevel=3,
         )
+    if state["doubts"]:
+        warnings.warn(f"this resume is not bit-exact: {'; '.join(state['doubts'])}", stacklevel=3)
     here, there = _surroundings(), state["made_with"]
     if differences := [f"{name} {here.get(name)} instead of {there[name]}" for name in there if there[name] != here.get(name)]:
         warnings.warn(f"this resume may not be bit-exact, with {', '.join(differences)}", stacklevel=3)
-    return state
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return {**state, "here": folder.resolve()}
+
+
+def dumps(state: dict[str, Any]) -> bytes:
+    """The content of a checkpoint's file."""
+    return pack(state)

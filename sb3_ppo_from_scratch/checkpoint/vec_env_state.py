@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_ppo_from_scratch.checkpoint.env_state import capture, inner_worlds, level_names, restore
+from sb3_ppo_from_scratch.checkpoint.replay import (
+    CANNOT_FORK,
+    ForkError,
+    difference,
+    generators,
+    in_a_fork,
+    set_generators,
+    trace,
+)
 
-__all__ = ["capture_vec_env", "restore_vec_env"]
+__all__ = ["Trial", "capture_vec_env", "difference_after", "restore_vec_env"]
+
+_HIDDEN = (
+    "put back, it does not do again what it did: some of its state is not in its attributes, but in a closure, a class, a "
+    "module, __slots__, a clock, or an array or generator that it shares"
+)
+
+
+class Trial(NamedTuple):
+    """How captured environments are tried out, in a fork."""
+
+    seconds: float
+    """that a trace may take"""
+    again: bool = False
+    """whether to put their state back in place, and see if they do the same again"""
+    reset_at: int = 3
+    """steps before all are reset; 0 for those that have not been yet"""
 
 
 # ------------------------------------------------------- in a worker of SubprocVecEnv
@@ -27,27 +57,173 @@ class _Installer:
 
 
 def _install() -> str:
-    gym.Env.scratch_ppo_capture = _reply_with_state  # type: ignore[attr-defined]
-    gym.Env.scratch_ppo_restore = _reply_to_restore  # type: ignore[attr-defined]
+    # Ctrl-C goes to all processes of a terminal; the one that trains will end its workers once it has finished its iteration
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, function in (("capture", _capture_here), ("restore", _restore_here), ("trace", _trace_here)):
+        setattr(gym.Env, f"scratch_ppo_{name}", function)
     return "scratch_ppo_capture"
 
 
-def _reply_with_state(env: gym.Env) -> tuple[bytes | None, str]:
-    """State or reason: an error would end the worker."""
-    try:
-        return capture(env), ""
-    except Exception as error:  # noqa: BLE001  # the caller gets to know
-        return None, str(error)
+def _capture_here(env: gym.Env, trial: Trial | None) -> tuple[bytes | None, str, Any, Any, list[str]]:
+    """State or reason, the process's generators, trace and doubts."""
+    state, reason = _state_or_reason(env)
+    own = generators()
+    if state is None:
+        return None, reason, own, None, []
+    found, doubts, problem = _tried_out(_as_vec_env(env), partial(restore, env, state), trial)
+    return (None if problem else state), problem, own, found, doubts
 
 
-def _reply_to_restore(env: gym.Env, data: bytes, trust: bool) -> Exception | None:
+def _restore_here(env: gym.Env, data: bytes | None, own: dict[str, Any] | None, trust: bool) -> Exception | None:
+    """An error would end the worker, so it is returned."""
     try:
-        restore(env, data, trust)
+        if own is not None:
+            set_generators(own)
+        if data is not None:
+            restore(env, data, trust)
     except ValueError as error:
         return error
     except Exception as error:  # noqa: BLE001  # other classes may not travel
         return ValueError(f"{type(error).__name__}: {error}")
     return None
+
+
+def _trace_here(env: gym.Env, trial: Trial) -> Any:
+    return _tried_out(_as_vec_env(env), None, trial)[0]
+
+
+def _state_or_reason(level: Any) -> tuple[bytes | None, str]:
+    try:
+        return capture(level), ""
+    except Exception as error:  # noqa: BLE001  # the caller gets to know
+        return None, str(error)
+
+
+def _as_vec_env(env: gym.Env) -> VecEnv:
+    return DummyVecEnv([lambda: env])
+
+
+# ------------------------------------------------------- trying out
+
+
+def _tried_out(env: VecEnv, put_back: Callable[[], Any] | None, trial: Trial | None) -> tuple[Any, list[str], str]:
+    """
+    What environments in this process do next, in a fork.
+
+    :param put_back: puts their captured state in place
+    :return: the trace or ``None``, what is doubtful, and why the state cannot be put back
+    """
+    if CANNOT_FORK or trial is None:
+        return None, [], ""
+
+    def twice() -> tuple[Any, Any, str, str]:
+        own, failed = generators(), ""
+        try:
+            first = trace(env, trial.seconds, reset_at=trial.reset_at)
+        except Exception as error:  # noqa: BLE001  # of an environment's own; whether it can be put back is another question
+            first, failed = None, f"{type(error).__name__}: {error}"
+        if put_back is None or not trial.again:
+            return first, None, "", failed
+        set_generators(own)
+        try:
+            put_back()
+        except Exception as error:  # noqa: BLE001  # whatever keeps a state from being put back will do so on resume
+            return first, None, f"it cannot be put back: {type(error).__name__}: {error}", ""
+        second = None if first is None else trace(env, 10 * trial.seconds, len(first), trial.reset_at)
+        return first, second, "", failed
+
+    try:
+        first, second, problem, failed = in_a_fork(twice, 20 * trial.seconds + 5.0)
+    except (ForkError, OSError) as error:
+        first, second, problem, failed = None, None, "", str(error)
+    doubts = [f"{_names(env)}: it could not be tried out ({failed})"] if failed and trial.again else []
+    parted = None if second is None else difference(first, second)
+    doubts += [] if parted is None else [f"{_names(env, parted[1])}: {_HIDDEN}"]
+    return first, doubts, f"{_names(env)}: {problem}" if problem else ""
+
+
+def _names(env: VecEnv, index: int | None = None) -> str:
+    """What environments are, for messages."""
+    levels = _vec_levels(env)
+    worlds = [] if isinstance(levels[-1], SubprocVecEnv) else _worlds(levels[-1])
+    wrappers = [type(level).__name__ for level in levels[:-1]]
+    if not worlds:
+        return ", ".join(wrappers)
+    world = worlds[0 if index is None or index >= len(worlds) else index]
+    made_of = [*wrappers, str(world)] if wrappers else [str(world)]
+    return f"{'environments' if index is None else f'environment {index}'} ({' over '.join(made_of)})"
+
+
+class _Echo(VecEnv):
+    """Stands in for environments of other processes under wrappers that are tried out: answers by the clock."""
+
+    def __init__(self, env: VecEnv):
+        super().__init__(env.num_envs, env.observation_space, env.action_space)
+        self._clock = 0
+
+    def _observe(self) -> Any:
+        self.observation_space.seed(self._clock)
+        samples = [self.observation_space.sample() for _ in range(self.num_envs)]
+        if isinstance(samples[0], dict):
+            return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+        return np.stack(samples)
+
+    def reset(self) -> Any:
+        """Another observation."""
+        return self._observe()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Goes on."""
+        self._clock += 1
+
+    def step_wait(self) -> Any:
+        """Episodes of seven steps."""
+        dones = np.full(self.num_envs, self._clock % 7 == 0)
+        rewards = np.full(self.num_envs, self._clock, np.float32)
+        final = self._observe()
+        infos = [
+            {"terminal_observation": {k: v[i] for k, v in final.items()} if isinstance(final, dict) else final[i]}
+            for i in range(self.num_envs)
+        ]
+        return final, rewards, dones, infos
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """None has any."""
+        return [None] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Nothing."""
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """None has any."""
+        return [None] * self.num_envs
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """None is."""
+        return [False] * self.num_envs
+
+
+def _try_wrappers(levels: list[VecEnv], states: list[bytes | None], trial: Trial) -> list[str]:
+    """Those over environments of other processes, on environments that answer by the clock."""
+
+    def put_back() -> None:
+        echo._clock = 0
+        for level, state in zip(levels[:-1], states[:-1], strict=True):
+            if state is not None:
+                restore(level, state)
+
+    if len(levels) == 1 or CANNOT_FORK:
+        return []
+    base, echo = levels[-1], _Echo(levels[-1])
+    levels[-2].venv = echo  # type: ignore[attr-defined]  # a wrapper, of which only the fork will step it
+    try:
+        _, doubts, problem = _tried_out(levels[0], put_back, trial)
+    finally:
+        levels[-2].venv = base  # type: ignore[attr-defined]  # as before
+    return [*doubts, *([problem] if problem else [])]
 
 
 # ------------------------------------------------------- a VecEnv
@@ -65,32 +241,53 @@ def _worlds(base: VecEnv) -> list[Any]:
     return [world for value in vars(base).values() for world in inner_worlds(value)]
 
 
-def capture_vec_env(env: VecEnv) -> dict[str, Any]:
+def capture_vec_env(env: VecEnv, trial: Trial | None = None) -> dict[str, Any]:
     """
     The state of a ``VecEnv``: its wrappers' and its worlds'.
 
+    :param trial: how to try out what has been captured; ``None`` not to
     :return: ``wrappers`` and ``worlds``, lists of bytes, or ``None`` where a state cannot be captured, and ``problems``,
-        which say why
+        which say why; ``doubts``, which say what is captured but will not go on with the same bits; ``generators`` of other
+        processes, and a ``trace`` of what the environments do next, ``None`` if that could not be seen
     """
     levels = _vec_levels(env)
-    base = levels[-1]
-    if isinstance(base, SubprocVecEnv):
-        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
-        worlds = base.env_method("scratch_ppo_capture")
+    wrappers = [_state_or_reason(level) for level in levels]
+    problems = [reason for state, reason in wrappers if state is None]
+    state: dict[str, Any] = {"wrappers": [each for each, _ in wrappers], "generators": [], "trace": None, "doubts": []}
+    if isinstance(levels[-1], SubprocVecEnv):
+        problems += _capture_workers(levels[-1], state, trial)
+        if trial is not None and trial.again and not problems:
+            state["doubts"] += _try_wrappers(levels, state["wrappers"], trial)
     else:
-        worlds = [_reply_with_state(world) for world in _worlds(base)]
-    wrappers = [_reply_with_state(level) for level in levels]  # type: ignore[arg-type]  # it takes both
-    problems = [reason for state, reason in (*wrappers, *worlds) if state is None]
-    return {
-        "wrappers": [state for state, _ in wrappers],
-        "worlds": [state for state, _ in worlds],
-        "problems": list(dict.fromkeys(problems)),
-    }
+        worlds = [_state_or_reason(world) for world in _worlds(levels[-1])]
+        state["worlds"] = [each for each, _ in worlds]
+        problems += [reason for each, reason in worlds if each is None]
+        if not problems:
+            state["trace"], state["doubts"], problem = _tried_out(env, partial(restore_vec_env, env, state), trial)
+            problems += [problem] if problem else []
+    return {**state, "problems": list(dict.fromkeys(problems))}
+
+
+def _capture_workers(base: SubprocVecEnv, state: dict[str, Any], trial: Trial | None) -> list[str]:
+    base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
+    replies = base.env_method("scratch_ppo_capture", trial)
+    state["worlds"], reasons, state["generators"], traces, doubts = map(list, zip(*replies, strict=True))
+    state["trace"] = _side_by_side(traces)
+    for index, found in enumerate(doubts):
+        state["doubts"] += [doubt.replace("environment 0", f"environment {index}") for doubt in found]
+    return [reason for each, reason in zip(state["worlds"], reasons, strict=True) if each is None]
+
+
+def _side_by_side(traces: list[Any]) -> Any:
+    if any(each is None for each in traces):
+        return None
+    n = min(map(len, traces))
+    return np.concatenate([each[:n] for each in traces], axis=1)
 
 
 def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> None:
     """
-    Put a captured state into a ``VecEnv`` of the same make; what could not be captured stays as it is.
+    Put a captured state into a ``VecEnv`` of the same make; what could not be captured or put back stays as it is.
 
     :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
     """
@@ -102,15 +299,45 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> 
             f"env must have {len(state['wrappers'])} vectorized levels and {len(state['worlds'])} environments as the "
             f"checkpoint's had, not {level_names(levels)} and {n_worlds}"
         )
-    if isinstance(base, SubprocVecEnv):
-        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
-    for index, world_state in enumerate(state["worlds"]):
-        if world_state is not None and isinstance(base, SubprocVecEnv):
-            (error,) = base.env_method("scratch_ppo_restore", world_state, trust, indices=index)
-            if error is not None:
-                raise error
-        elif world_state is not None:
-            restore(_worlds(base)[index], world_state, trust)
-    for level, level_state in zip(levels, state["wrappers"], strict=True):
-        if level_state is not None:
-            restore(level, level_state, trust)
+    problems = state.get("problems")  # they have been said
+    with contextlib.suppress(*([ValueError] if problems else [])):
+        if isinstance(base, SubprocVecEnv):
+            _restore_workers(base, state, trust)
+        else:
+            _restore_all(_worlds(base), state["worlds"], trust)
+    with contextlib.suppress(*([ValueError] if problems else [])):
+        _restore_all(levels, state["wrappers"], trust)
+
+
+def _restore_all(levels: list[Any], states: list[bytes | None], trust: bool) -> None:
+    for level, state in zip(levels, states, strict=True):
+        if state is not None:
+            restore(level, state, trust)
+
+
+def _restore_workers(base: SubprocVecEnv, state: dict[str, Any], trust: bool) -> None:
+    base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
+    own = state["generators"] or [None] * base.num_envs  # those of a run in one process have been put back there
+    for index, arguments in enumerate(zip(state["worlds"], own, strict=True)):
+        (error,) = base.env_method("scratch_ppo_restore", *arguments, trust, indices=index)
+        if error is not None:
+            raise error
+
+
+def difference_after(env: VecEnv, state: dict[str, Any]) -> str | None:
+    """
+    Whether restored environments do what those that were captured did next.
+
+    :param state: of :func:`capture_vec_env`, which has just been put back
+    :return: what they do differently, ``None`` if nothing or if it cannot be told
+    """
+    if state["trace"] is None:
+        return None
+    base, trial = _vec_levels(env)[-1], Trial(1.0)
+    others = isinstance(base, SubprocVecEnv)
+    found = _side_by_side(base.env_method("scratch_ppo_trace", trial)) if others else _tried_out(env, None, trial)[0]
+    parted = None if found is None else difference(np.asarray(state["trace"]), found)
+    if parted is None:
+        return None
+    name = f"environment {parted[1]}" if others else _names(env, parted[1])
+    return f"{name} gives another observation, reward or end {parted[0]} steps after the checkpoint than the run's did"
