@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "is_channels_last", "is_ours", "minibatch_source"]
+__all__ = ["RolloutData", "ScratchRolloutBuffer", "action_dtype", "is_channels_last", "is_ours", "minibatch_source"]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 Extras = Mapping[str, th.Tensor]
@@ -144,7 +144,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self.observations = {key: self._allocate_obs(each) for key, each in space.spaces.items()}
         else:
             self.observations = self._allocate_obs(space)
-        self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
+        self.actions = self._allocate((self.action_dim,), action_dtype(self.action_space))
         self.dist_params = None
         self.extras = {}
         for name in ("rewards", "episode_starts", "values", "log_probs", "advantages", "returns"):
@@ -313,6 +313,11 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutData:  # type: ignore[override]
         return self.dataset().take(th.as_tensor(batch_inds, device=self.device))
+
+
+def action_dtype(space: spaces.Space) -> np.dtype:
+    """What holds actions as they are sampled: the space's own type, unless a Box's would round them."""
+    return np.result_type(space.dtype, np.float32) if isinstance(space, spaces.Box) else np.dtype(space.dtype)
 
 
 def is_channels_last(space: spaces.Space) -> bool:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from functools import partial
@@ -257,6 +258,32 @@ def test_ctrl_c_within_a_step_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) 
         model.learn(TOTAL)
     assert model._last_obs is None  # one environment has been stepped and the other not: the next learn resets both
     model.learn(TOTAL, reset_num_timesteps=False)
+
+
+class Slow(Failing):
+    """Takes its time for the fifth step."""
+
+    def fail(self) -> None:
+        time.sleep(0.5)
+
+
+def test_ctrl_c_leaves_no_answers_in_the_pipes() -> None:
+    env = SubprocVecEnv([Failing, partial(Slow, at=5)], start_method="fork")
+    model = ScratchPPO(env=env, **SMALL)
+
+    class Interrupting(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 4:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return True
+
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(TOTAL, Interrupting())
+    assert not any(process.is_alive() for process in env.processes)
+    with pytest.raises(EnvFailedError, match="is closed: make it anew"):
+        model.learn(TOTAL)
+    model.set_env(DummyVecEnv([Failing] * 2))
+    model.learn(TOTAL)
 
 
 def test_a_signals_handler_may_leave_the_program_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,8 +135,10 @@ def test_trap_6_the_buffer_keeps_the_unclipped_action() -> None:
     assert env.actions == pytest.approx(np.clip(stored, -0.1, 0.1).tolist())
 
 
-def test_trap_6_the_log_probability_is_that_of_the_stored_action(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_trap_6_the_log_probability_is_that_of_the_stored_action(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 6: evaluating what the buffer holds with the policy that acted gives the log-probabilities it holds."""
+    monkeypatch.setattr(ClockEnv, "action_space", spaces.Box(-0.1, 0.1, (1,), dtype))
     model, _ = clock_model(True)
     monkeypatch.setattr(model, "train", lambda: None)
     model.learn(7)

@@ -5,6 +5,7 @@ what such an array held must copy it in time.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -26,7 +27,7 @@ class ObservationGuard:
     """
 
     def __init__(self) -> None:
-        self._previous: list[np.ndarray] = []
+        self._previous: Any = None
         self._compared = -2  # the first comparison is with a reset's, which may be handed out in another way
         self._copies = False
 
@@ -35,11 +36,17 @@ class ObservationGuard:
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
         :return: the same, or a copy of it
         """
-        leaves: list[np.ndarray] = list(obs.values()) if isinstance(obs, dict) else [obs]
-        self._compared += 1
-        self._copies = self._copies or any(map(np.may_share_memory, leaves, self._previous))
-        self._previous = leaves
+        if not self._copies:
+            self._compared += 1
+            self._copies = self._previous is not None and _overlap(obs, self._previous)
+            self._previous = obs
         return obs if self._compared > 0 and not self._copies else own_copy(obs)
+
+
+def _overlap(obs: Any, other: Any) -> bool:
+    if isinstance(obs, dict):
+        return any(map(np.may_share_memory, obs.values(), other.values()))
+    return np.may_share_memory(obs, other)
 
 
 def own_copy(obs: Any) -> Any:
@@ -86,25 +93,35 @@ class _CarefulDummyVecEnv(DummyVecEnv):
         return object.__new__, (DummyVecEnv,), self.__dict__  # it opens where this package is not installed
 
     def step_wait(self) -> VecEnvStepReturn:
-        """As SB3 does, but for the copy; tests compare the two."""
+        """As SB3 does, but for the copy and the check; tests compare the two."""
+        places = [(key, place, place.shape[1:]) for key, place in self.buf_obs.items()]
+        actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
         for env_idx, env in enumerate(self.envs):
-            obs, self.buf_rews[env_idx], terminated, truncated, info = env.step(self.actions[env_idx])
-            self.buf_infos[env_idx] = info
-            self.buf_dones[env_idx] = terminated or truncated
+            obs, rewards[env_idx], terminated, truncated, info = env.step(actions[env_idx])
+            infos[env_idx] = info
+            dones[env_idx] = done = terminated or truncated
             info["TimeLimit.truncated"] = truncated and not terminated
-            if self.buf_dones[env_idx]:
+            if done:
                 info["terminal_observation"] = own_copy(obs)
                 obs, self.reset_infos[env_idx] = env.reset()
-            self._save_obs(env_idx, obs)
-        return self._obs_from_buf(), np.copy(self.buf_rews), np.copy(self.buf_dones), deepcopy(self.buf_infos)
+            for key, place, shape in places:
+                value = obs if key is None else obs[key]
+                if getattr(value, "shape", None) != shape:
+                    _check_size(key, value, shape)
+                place[env_idx] = value
+        return self._obs_from_buf(), np.copy(rewards), np.copy(dones), deepcopy(infos)
 
     def _save_obs(self, env_idx: int, obs: VecEnvObs) -> None:
-        for key in self.keys:
-            value, place = (obs if key is None else obs[key]), self.buf_obs[key]  # type: ignore[call-overload]
-            if np.size(value) * self.num_envs != place.size:  # NumPy would repeat one number in all places
-                which = "an observation" if key is None else f"an observation {key!r}"
-                raise ValueError(f"{which} has shape {np.shape(value)}, and its space {place.shape[1:]}")
+        for key, place in self.buf_obs.items():
+            _check_size(key, obs if key is None else obs[key], place.shape[1:])  # type: ignore[call-overload]
         super()._save_obs(env_idx, obs)
+
+
+def _check_size(key: str | None, value: Any, shape: tuple[int, ...]) -> None:
+    """NumPy would repeat what there is. As many numbers in another shape are fine."""
+    if np.size(value) != math.prod(shape):
+        which = "an observation" if key is None else f"an observation {key!r}"
+        raise ValueError(f"{which} has shape {np.shape(value)}, and its space {shape}")
 
 
 def keep_finals_of_vector_env(env: gym.vector.VectorEnv) -> None:

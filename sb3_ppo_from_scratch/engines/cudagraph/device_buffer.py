@@ -16,7 +16,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.advantages import fill_gae
-from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, is_channels_last
+from sb3_ppo_from_scratch.buffer import Observations, RolloutData, ScratchRolloutBuffer, action_dtype, is_channels_last
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 
@@ -72,7 +72,7 @@ class DeviceRolloutBuffer(ScratchRolloutBuffer):
         """Storage ``[n_envs, n_steps, ...]``: environment by environment, so that its rows are the data set in SB3's order"""
         for name in _DECIDED_ON_DEVICE:
             self.on_device[name] = self._zeros()
-        self.actions = self._allocate((self.action_dim,), self.action_space.dtype)
+        self.actions = self._allocate((self.action_dim,), action_dtype(self.action_space))
         self.rewards, self.episode_starts = self._allocate((), np.float32), self._allocate((), np.float32)
         self.extras = {}
         self._uploads = {name: Upload(self._for_upload(name), self.device) for name in _KNOWN_ON_HOST}
