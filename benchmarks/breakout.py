@@ -212,11 +212,14 @@ def summary(record: Record) -> str:
     """
     hours = sum(session.get("seconds", 0.0) for session in record["sessions"]) / 3600
     reached, total = steps_done(record), float(record["timesteps"])
-    last = record.get("final") or record["evaluations"][-1]
-    when = "at the end" if "final" in record else f"after {last['timesteps']:,} steps"
+    score = "no evaluation yet"
+    if "final" in record:
+        score = f"an evaluation at the end of {described(record['final']['returns'])}"
+    elif record["evaluations"]:
+        last = record["evaluations"][-1]
+        score = f"an evaluation after {last['timesteps']:,} steps of {described(last['returns'])}"
     return (
-        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and an evaluation {when} of {described(last['returns'])}, "
-        "beside "
+        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and {score}, beside "
         + " and ".join(f"{who}'s {mean:g} +- {spread:g}" for who, (mean, spread) in PUBLISHED.items())
         + " after all of them"
     )
@@ -334,8 +337,9 @@ def main() -> None:
     if options.picture:
         if not path.exists():
             sys.exit(f"breakout: there is no {path}; the same command without --picture makes it")
-        draw(json.loads(path.read_text(encoding="utf-8")), picture)
-        print(f"wrote {picture}")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        draw(record, picture)
+        print(f"wrote {picture}\nfor the README: {summary(record)}")
         return
     th.set_num_threads(options.threads)
     record = train_breakout(options)

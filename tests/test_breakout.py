@@ -102,6 +102,7 @@ def a_record(done: bool) -> dict[str, Any]:
         "env": breakout.ENV_ID,
         "seed": 1,
         "timesteps": 1e7,
+        "sessions": [{"seconds": 5400.0}, {}],
         "training": [{"timesteps": 20_000, "games": 0, "mean": None}, {"timesteps": 40_000, "games": 3, "mean": 2.0}],
         "evaluations": [{"timesteps": 30_000, **evaluation}],
         "done": done,
@@ -137,10 +138,23 @@ def test_a_picture_of_what_is_there(
     monkeypatch.setattr("sys.argv", ["breakout", "--out", str(tmp_path), "--picture"])
     with pytest.raises(SystemExit, match=r"there is no .*record\.json"):
         breakout.main()
-    (tmp_path / "record.json").write_text(json.dumps(a_record(False) | {"training": [], "evaluations": []}), encoding="utf-8")
+    (tmp_path / "record.json").write_text(
+        json.dumps(a_record(False) | {"training": [], "evaluations": [], "sessions": []}), encoding="utf-8"
+    )
     breakout.main()
-    assert f"wrote {tmp_path / 'learning_curve.png'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'learning_curve.png'}" in printed
+    assert breakout.summary(empty) in printed
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_a_sentence() -> None:
+    so_far = "40,000 of 10,000,000 steps (1.5 hours), and "
+    published = ", beside rl-zoo3's 398 +- 33 and CleanRL's 414.7 +- 28 after all of them"
+    scores = "20.0 +- 10.0 over 2 games"
+    assert breakout.summary(a_record(True)) == f"{so_far}an evaluation at the end of {scores}{published}"
+    assert breakout.summary(a_record(False)) == f"{so_far}an evaluation after 30,000 steps of {scores}{published}"
+    assert breakout.summary(a_record(False) | {"evaluations": []}) == f"{so_far}no evaluation yet{published}"
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "-1"], ["--backend", "dummy"], ["--timesteps", "0"], ["--threads", "0"]])
