@@ -42,6 +42,7 @@ def _one_game(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakout, "_GAMES_AT_ONCE", 1)
 
 
+@pytest.mark.slow
 def test_several_commands_make_one_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends at a boundary, loses nothing, and leaves the rest to the next one; the last one plays the final games."""
     monkeypatch.setattr(breakout, "_STRETCH", ROLLOUT)
@@ -88,6 +89,7 @@ def test_final_games_that_do_not_fit_are_left_to_the_next_command(tmp_path: Path
     assert second["final"]["mean"] == np.mean(second["final"]["returns"])
 
 
+@pytest.mark.slow
 def test_evaluations_leave_training_alone(tmp_path: Path) -> None:
     digests = []
     for name, every in (("often", ROLLOUT), ("never", 1000)):
@@ -138,9 +140,8 @@ def test_a_picture_of_what_is_there(
     monkeypatch.setattr("sys.argv", ["breakout", "--out", str(tmp_path), "--picture"])
     with pytest.raises(SystemExit, match=r"there is no .*record\.json"):
         breakout.main()
-    (tmp_path / "record.json").write_text(
-        json.dumps(a_record(False) | {"training": [], "evaluations": [], "sessions": []}), encoding="utf-8"
-    )
+    empty = a_record(False) | {"training": [], "evaluations": []}
+    (tmp_path / "record.json").write_text(json.dumps(empty), encoding="utf-8")
     breakout.main()
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'learning_curve.png'}" in printed
