@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from benchmarks import breakout, episode
 from benchmarks.breakout import parse_options, train_breakout
 from benchmarks.comparison.one_run import weights_digest
+from benchmarks.record import ROOT
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 
@@ -65,6 +68,22 @@ def test_several_commands_make_one_training(tmp_path: Path, monkeypatch: pytest.
     model = ScratchPPO.load(tmp_path / "model.zip")
     assert model.num_timesteps == 40
     assert (tmp_path / "model.zip").stat().st_size == last["model"]["bytes"]
+
+
+@pytest.mark.slow
+def test_rl_zoo3_plays_an_exported_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(tmp_path / "run", 0)
+    monkeypatch.setattr("sys.argv", ["breakout", "--out", str(tmp_path / "run"), "--export", str(tmp_path / "agent")])
+    monkeypatch.setattr(breakout, "load_task", lambda name: tiny_task())
+    with pytest.warns(UserWarning, match="not bit-exact"):
+        breakout.main()
+    path = tmp_path / "agent" / "scratch_ppo" / f"{breakout.ENV_ID}_1" / f"{breakout.ENV_ID}.zip"
+    assert path.stat().st_size < 7.5e6, "without the optimizer's moments"
+    arguments = ("enjoy", "--algo", "scratch_ppo", "--env", breakout.ENV_ID, "-f", str(tmp_path / "agent"))
+    enjoy = [sys.executable, "-m", "sb3_ppo_from_scratch.zoo", *arguments, "--no-render", "-n", "20"]
+    done = subprocess.run(enjoy, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"Loading {path}" in done.stdout
 
 
 def test_what_was_written_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
