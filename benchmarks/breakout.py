@@ -7,9 +7,12 @@ Ctrl-C, SIGTERM or ``--minutes`` end a command with a checkpoint; the same comma
 
 ``record.json`` in the folder has every evaluation, every stretch of training games and every command with its commit and
 machine. The command that reaches the end writes the agent, ``model.zip``, and lets it play 100 games in SB3's own wrappers.
-``learning_curve.png`` shows how far the run has got; ``--picture`` draws it anew from the record and runs nothing::
+``learning_curve.png`` shows how far the run has got. Two options run nothing: ``--picture`` draws it anew from the record, and
+``--export`` writes the newest checkpoint's agent where rl-zoo3's scripts find it::
 
     python -m benchmarks.breakout --out benchmarks/results/breakout --picture
+    python -m benchmarks.breakout --out runs/breakout --export runs/agent
+    scratch-zoo enjoy --algo scratch_ppo --env BreakoutNoFrameskip-v4 -f runs/agent
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+import yaml
 from matplotlib.axes import Axes
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
@@ -34,11 +38,23 @@ from benchmarks.drawing import BLACK, BLUE, GREEN, VERMILION, save_figure, subpl
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.options import command_line, number
 from benchmarks.record import provenance, write_json
-from benchmarks.tasks import Task, load_task
+from benchmarks.tasks import Task, load_entry, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
 
-__all__ = ["ENV_ID", "PUBLISHED", "Journal", "draw", "main", "parse_options", "steps_done", "summary", "train_breakout"]
+__all__ = [
+    "ENV_ID",
+    "PUBLISHED",
+    "Journal",
+    "draw",
+    "export",
+    "main",
+    "parse_options",
+    "save_agent",
+    "steps_done",
+    "summary",
+    "train_breakout",
+]
 
 Record = dict[str, Any]
 
@@ -212,11 +228,14 @@ def summary(record: Record) -> str:
     """
     hours = sum(session.get("seconds", 0.0) for session in record["sessions"]) / 3600
     reached, total = steps_done(record), float(record["timesteps"])
-    last = record.get("final") or record["evaluations"][-1]
-    when = "at the end" if "final" in record else f"after {last['timesteps']:,} steps"
+    score = "no evaluation yet"
+    if "final" in record:
+        score = f"an evaluation at the end of {described(record['final']['returns'])}"
+    elif record["evaluations"]:
+        last = record["evaluations"][-1]
+        score = f"an evaluation after {last['timesteps']:,} steps of {described(last['returns'])}"
     return (
-        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and an evaluation {when} of {described(last['returns'])}, "
-        "beside "
+        f"{reached:,} of {total:,.0f} steps ({hours:.1f} hours), and {score}, beside "
         + " and ".join(f"{who}'s {mean:g} +- {spread:g}" for who, (mean, spread) in PUBLISHED.items())
         + " after all of them"
     )
@@ -293,18 +312,46 @@ def _new_session(options: argparse.Namespace) -> Record:
 def _final(model: ScratchPPO, options: argparse.Namespace) -> Record:
     """Save the agent, and let it play by rl-zoo3's protocol: SB3's wrappers, whole games, raw rewards, sampled actions."""
     path = options.out / "model.zip"
-    model.save(path)
+    last = [float(info["r"]) for info in model.ep_info_buffer or []]
+    save_agent(model, path)
     env = VecFrameStack(make_atari_env(f"ale_py:{ENV_ID}", _GAMES_AT_ONCE, seed=EVALUATION_SEED), n_stack=4)
     games = evaluate(model, env, options.final_episodes, deterministic=False)
     env.close()
     print(f"final evaluation: {described(games.returns)}", flush=True)
-    last = [float(info["r"]) for info in model.ep_info_buffer or []]
     return {
         "done": True,
         "final": {"mean": statistics.fmean(games.returns), "std": statistics.pstdev(games.returns), **games._asdict()},
         "last_training_games": {"mean": statistics.fmean(last) if last else None, "returns": last},
         "model": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size},
     }
+
+
+def save_agent(model: ScratchPPO, path: Path) -> None:
+    """
+    Save a model that learns no more: without Adam's moments, which are two thirds of the file.
+
+    :param model: it loses them
+    :param path: of the zip file; its folder is made if need be
+    """
+    model.policy.optimizer.state.clear()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save(path)
+
+
+def export(model: ScratchPPO, folder: Path) -> Path:
+    """
+    Write an agent as rl-zoo3 writes one, so that its scripts play it.
+
+    :param model: see :func:`save_agent`
+    :param folder: what ``-f`` takes
+    :return: the agent's file
+    """
+    run = folder / "scratch_ppo" / f"{ENV_ID}_1"
+    save_agent(model, run / f"{ENV_ID}.zip")
+    config = run / ENV_ID / "config.yml"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text(yaml.safe_dump(load_entry("atari")), encoding="utf-8")
+    return run / f"{ENV_ID}.zip"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -323,6 +370,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=number(float, 1), default=250_000, help="timesteps (%(default)s)")
     parser.add_argument("--eval-episodes", type=number(int, 0), default=16, help="games per evaluation (%(default)s)")
     parser.add_argument("--picture", action="store_true", help="draw the curve of the record in --out, and run nothing")
+    parser.add_argument("--export", type=Path, help="folder for the newest checkpoint's agent, as rl-zoo3 writes one")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -334,8 +382,13 @@ def main() -> None:
     if options.picture:
         if not path.exists():
             sys.exit(f"breakout: there is no {path}; the same command without --picture makes it")
-        draw(json.loads(path.read_text(encoding="utf-8")), picture)
-        print(f"wrote {picture}")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        draw(record, picture)
+        print(f"wrote {picture}\nfor the README: {summary(record)}")
+        return
+    if options.export is not None:
+        env = _games(load_task("atari").n_envs, options.backend, options.seed)
+        print(f"wrote {export(ScratchPPO.resume(options.out / 'checkpoints', env, device=options.device), options.export)}")
         return
     th.set_num_threads(options.threads)
     record = train_breakout(options)

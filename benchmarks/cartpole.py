@@ -136,10 +136,12 @@ def summary(record: Record) -> str:
     """
     fast, reference = record["sides"]["fast"], record["sides"]["reference"]
     bits = "the same bits" if reference["same_bits_as_sb3"] else "other bits"
+    rounds = (
+        f"medians of {record['rounds']} rounds, with the smallest and the largest" if record["rounds"] > 1 else "one round"
+    )
     return (
         f"the reference ends with {bits} and is {_speed(reference)} times as fast as SB3's PPO; `auto` is **{_speed(fast)} "
-        f"times as fast** and returns {_returns(fast)} over {fast['returns']['episodes']} evaluation episodes (medians of "
-        f"{record['rounds']} rounds, with the smallest and the largest)"
+        f"times as fast** and returns {_returns(fast)} over {fast['returns']['episodes']} evaluation episodes ({rounds})"
     )
 
 

@@ -10,7 +10,7 @@ from rl_zoo3.utils import SimpleLinearSchedule
 
 from benchmarks.record import ROOT
 
-__all__ = ["HYPERPARAMETERS", "Task", "load_task", "schedule"]
+__all__ = ["HYPERPARAMETERS", "Task", "load_entry", "load_task", "schedule"]
 
 HYPERPARAMETERS = ROOT / "hyperparams" / "scratch_ppo.yml"
 _OF_THE_ENVIRONMENT = ("env_wrapper", "frame_stack")
@@ -45,13 +45,18 @@ def schedule(text: str) -> SimpleLinearSchedule:
     return SimpleLinearSchedule(text.removeprefix("lin_"))
 
 
+def load_entry(name: str) -> dict[str, Any]:
+    """An entry of the hyperparameter file as it stands there."""
+    return yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))[name]
+
+
 def load_task(name: str) -> Task:
     """
     Read an entry of the hyperparameter file; ``lin_x`` becomes the schedule that rl-zoo3 makes of it.
 
     :param name: the entry's
     """
-    entry = yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))[name]
+    entry = load_entry(name)
     n_timesteps, policy, n_envs = (entry.pop(key) for key in ("n_timesteps", "policy", "n_envs"))
     normalize = _plain_dict(entry.pop("normalize", False))
     if normalize is not None and "gamma" in entry:

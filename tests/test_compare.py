@@ -207,7 +207,7 @@ def test_runs_of_several_commits_are_named(tmp_path: Path) -> None:
     assert "commits**" not in tables.report(load_records(tmp_path), [])
     keep(tmp_path, a_run(0, side="fast", commit="d" * 40))
     text = tables.report(load_records(tmp_path), [])
-    assert "- **These runs are of 2 commits**, whose code may differ." in text
+    assert text.count("**These runs are of 2 commits**, whose code may differ.") == 2, "of the entry, and of all"
     assert f"1 runs at commit `{'d' * 40}`" in text
 
 

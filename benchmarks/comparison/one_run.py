@@ -10,7 +10,6 @@ Prints a line per evaluation. The record is written at the end, at once: a run i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -29,6 +28,7 @@ from benchmarks.cases import build
 from benchmarks.comparison.protocol import EVALUATION_ENVS, PROTOCOL, Entry
 from benchmarks.comparison.records import model_path, record_path, write_record
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
+from benchmarks.options import command_line, number
 from benchmarks.record import provenance
 from sb3_ppo_from_scratch import ScratchPPO
 
@@ -158,12 +158,10 @@ def weights_digest(model: OnPolicyAlgorithm) -> str:
 
 def main() -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("benchmarks.comparison.one_run", __doc__ or "", seed=0, out=Path("runs/compare"))
     parser.add_argument("--entry", choices=PROTOCOL, required=True, help="of the protocol")
     parser.add_argument("--side", required=True, help="one of the entry's")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--timesteps", type=int, help="fewer than the protocol's, for a quick look")
-    parser.add_argument("--out", type=Path, required=True, help="folder of records")
+    parser.add_argument("--timesteps", type=number(int, 1), help="fewer than the protocol's, for a quick look")
     options = parser.parse_args()
     entry = PROTOCOL[options.entry]
     if options.side not in entry.sides:

@@ -116,14 +116,15 @@ def details(name: str, sides: Sides) -> str:
         rows.append(["rl-zoo3's own score", "1", "", "", "", f"{entry.zoo.mean:.1f} ± {entry.zoo.std:.1f}", "", "", ""])
     text += [markdown_table(_DETAILS, rows), ""]
     text += [_compared(name, side, sides) for side in sides if side != entry.baseline]
-    text += _mixed(runs for by_seed in sides.values() for runs in by_seed.values())
+    mixed = _mixed({name: sides})
+    text += [f"- {mixed}"] if mixed else []
     return "\n".join([*text, ""])
 
 
-def _mixed(runs: Iterable[Run]) -> list[str]:
-    """A warning where runs that are compared are not of one commit; the report names the commits at its end."""
-    commits = {run["commit"] for run in runs}
-    return [f"- **These runs are of {len(commits)} commits**, whose code may differ."] if len(commits) > 1 else []
+def _mixed(records: Records) -> str:
+    """A warning where runs are not of one commit; the report names the commits at its end."""
+    commits = {run["commit"] for sides in records.values() for by_seed in sides.values() for run in by_seed.values()}
+    return f"**These runs are of {len(commits)} commits**, whose code may differ." if len(commits) > 1 else ""
 
 
 def _details_row(name: str, side: str, sides: Sides) -> list[str]:
@@ -238,6 +239,7 @@ def report(records: Records, figures: Iterable[tuple[str, str]]) -> str:
         _INTRODUCTION,
         headline(records),
         identity(records),
+        *([_mixed(records)] if _mixed(records) else []),
         *(f"![{shown}]({name})" for name, shown in figures),
         "## Entry by entry",
         *(details(name, sides) for name, sides in records.items()),

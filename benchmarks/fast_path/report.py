@@ -112,6 +112,7 @@ def _data(data: Record) -> str:
     ]
     apart = {kind: differences(data, kind) for kind in ("ale", "envpool")}
     rows = [[name, *(_of(apart[kind][name], 2) for kind in apart)] for name in apart["ale"]]
+    clear = [f"{name} in {KINDS[kind]}" for kind in apart for name, each in apart[kind].items() if each.low * each.high > 0]
     return f"""
 One agent, after {data["agent"]["timesteps"]:,} steps of training, plays {data["games"]} games of Breakout in each kind of
 environments, with sampled actions and raw rewards. Means ± standard deviations over games:
@@ -121,6 +122,8 @@ environments, with sampled actions and raw rewards. Means ± standard deviations
 Differences of the means from SB3's, with Welch's 95% intervals:
 
 {markdown_table(("", *(KINDS[kind] for kind in apart)), rows)}
+
+Clear of zero: {", ".join(clear) or "none"}. Of {2 * len(rows)} such intervals, one in twenty is so by chance.
 
 ![No-ops at a game's start](starts.png)
 
