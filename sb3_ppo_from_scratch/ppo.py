@@ -7,9 +7,9 @@ import math
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -18,36 +18,32 @@ import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device, obs_as_tensor
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer
+from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
-from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.arguments import (
-    check_action_space,
     check_device,
     check_flag,
     check_integer,
-    check_nan_observations,
     check_number,
     check_observation_space,
-    check_readable,
     check_scheduled,
     check_trainable_actions,
     errors_for_assertions,
     resolve_schedule,
 )
-from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
-from sb3_ppo_from_scratch.engines import PRECISIONS, Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
+from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
 from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
     check_schedules_read,
@@ -58,20 +54,17 @@ from sb3_ppo_from_scratch.safe_files.models import (
     safe_archive,
     weights_archive,
 )
-from sb3_ppo_from_scratch.update import NAN_POLICIES, PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
-from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows, with_reset_rows
+from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_observations
 
 __all__ = ["ScratchPPO"]
 
-_HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratch")
-"""Whose callbacks leave the policy as it is."""
-
 SelfScratchPPO = TypeVar("SelfScratchPPO", bound="ScratchPPO")
 
 
-class ScratchPPO(OnPolicyAlgorithm):
+class ScratchPPO(RolloutAlgorithm):
     """
     Proximal Policy Optimization with a clipped objective (https://arxiv.org/abs/1707.06347), a drop-in for SB3's ``PPO``.
 
@@ -214,7 +207,7 @@ class ScratchPPO(OnPolicyAlgorithm):
             self._setup_model()
             self._check_engine()
             self._check_trainable()
-            self._check_rollout_size()
+            check_rollout_size(self.n_steps, self.n_envs, self.batch_size, self.normalize_advantage)
 
     # ------------------------------------------------------------------ set-up
 
@@ -245,7 +238,7 @@ class ScratchPPO(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
-        self._check_arguments()
+        check_hyperparameters(self)
         self._setup_lr_schedule()
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
@@ -279,55 +272,11 @@ class ScratchPPO(OnPolicyAlgorithm):
             choose_engine("auto", self.policy, self.precision, self.loss)
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=3)
             self.engine = "auto"
-
-    def _plain_numbers(self) -> None:
-        """NumPy's integers and floats as Python's, which ``random.seed``, SB3's schedules and saved files understand."""
-        for name, value in vars(self).items():
-            if isinstance(value, np.integer | np.floating):
-                setattr(self, name, value.item())
-
-    def _check_arguments(self) -> None:
-        if not hasattr(self, "observation_space"):
-            raise ValueError("env must be an environment or the name of one, not None (only load() can do without)")
-        self._plain_numbers()
-        check_observation_space(self.observation_space)
-        check_action_space(self.action_space)
-        if "features_extractor_class" not in self.policy_kwargs and self.policy_class in self.policy_aliases.values():
-            check_readable(self._policy_name, self.policy_class is MultiInputPolicy, self.observation_space)
-        if self.policy_kwargs.get("squash_output") and not self.use_sde:
-            raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
-        check_nan_observations(self.nan_observations, self.observation_space)
-        check_flag("normalize_advantage", self.normalize_advantage)
-        check_integer("n_steps", self.n_steps, 1)
-        check_integer("n_epochs", self.n_epochs, 1)
-        normalizing = ", since one advantage alone cannot be normalized (normalize_advantage=True)"
-        check_integer("batch_size", self.batch_size, *((2, math.inf, normalizing) if self.normalize_advantage else (1,)))
-        check_scheduled("learning_rate", self.learning_rate, 0.0)
-        check_number("gamma", self.gamma, 0.0, 1.0)
-        check_number("gae_lambda", self.gae_lambda, 0.0, 1.0)
-        check_scheduled("clip_range", self.clip_range, 0.0, above=True)
-        if self.clip_range_vf is not None:
-            check_scheduled("clip_range_vf", self.clip_range_vf, 0.0, above=True)
-        check_scheduled("ent_coef", self.ent_coef)
-        check_number("vf_coef", self.vf_coef, 0.0)
-        check_number("max_grad_norm", self.max_grad_norm, 0.0, above=True, finite=False)
-        check_integer("sde_sample_freq", self.sde_sample_freq, -1)
-        if self.target_kl is not None:
-            check_number("target_kl", self.target_kl, 0.0, above=True, finite=False)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, 2**32 - 1)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {self.precision!r}")
         if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
             warnings.warn(
                 "precision='bf16' is slower than 'fp32' on this CPU, which has no bfloat16 instructions (AVX-512 BF16 or AMX)",
-                stacklevel=4,
+                stacklevel=3,
             )
-        if self.nan_policy not in NAN_POLICIES:
-            raise ValueError(f"nan_policy must be one of {', '.join(map(repr, NAN_POLICIES))}, not {self.nan_policy!r}")
-        buffer_class = self.rollout_buffer_class
-        if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
-            raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
 
     def _check_trainable(self) -> None:
         """What only training asks for: models may predict whose actions cannot be learned. The buffer follows ``n_steps``."""
@@ -336,22 +285,6 @@ class ScratchPPO(OnPolicyAlgorithm):
         buffer = self.__dict__.get("rollout_buffer")
         if buffer is not None and buffer.buffer_size != self.n_steps:  # it has been changed since the last learn
             del self.__dict__["rollout_buffer"]
-
-    def _check_rollout_size(self) -> None:
-        """Not on ``load``: whoever loads a model to watch it gives it one environment, and never trains it."""
-        size = self.n_steps * self.n_envs
-        if size == 1 and self.normalize_advantage:
-            raise ValueError(
-                "n_steps * n_envs must be at least 2, since one advantage alone cannot be normalized "
-                f"(normalize_advantage=True), not n_steps={self.n_steps} times n_envs={self.n_envs}"
-            )
-        if size % self.batch_size > 0:
-            warnings.warn(
-                f"batch_size={self.batch_size} does not divide the rollout of n_steps * n_envs = {size} transitions "
-                f"(n_steps={self.n_steps}, n_envs={self.n_envs}): after every {size // self.batch_size} full ones "
-                f"there will be a truncated mini-batch of size {size % self.batch_size}",
-                stacklevel=3,
-            )
 
     @cached_property
     def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
@@ -378,14 +311,6 @@ class ScratchPPO(OnPolicyAlgorithm):
             engine = self._engine = choice.engine(self.policy, self.precision, self.loss)
             if self.verbose >= 1:
                 print(f"Using the engine {choice}")
-        return engine
-
-    def _engine_after_callback(self, engine: Engine) -> Engine:
-        """Whatever a callback does to the policy counts from the next step on."""
-        if engine.policy is self.policy and engine.is_unchanged():
-            return engine
-        engine = self._current_engine()
-        engine.begin_rollout()
         return engine
 
     @contextmanager
@@ -540,146 +465,6 @@ class ScratchPPO(OnPolicyAlgorithm):
                 if isinstance(env, VecEnv):
                     watch_workers(env)
         return callback
-
-    def _step_check(self, env: VecEnv) -> StepCheck:
-        return StepCheck(env, self.observation_space, self._may_be_nan)
-
-    def _may_be_nan(self, key: str, obs: Any) -> bool:
-        """Whether NaN may stand in the observations of a key (empty where there are none)."""
-        if self.nan_observations is None:
-            return key in self._nan_understood or self._makes_sense_of(key, obs)
-        return self.nan_observations is True or (self.nan_observations is not False and key in self.nan_observations)
-
-    def _makes_sense_of(self, key: str, obs: Any) -> bool:
-        """A network of SB3's makes NaN of NaN; one of the user's that does not has been written for it."""
-        with th.no_grad():
-            values = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])
-        if th.isfinite(values).all():
-            self._nan_understood.add(key)
-            warnings.warn(
-                f"there is NaN in the observations{f' {key!r}' if key else ''}, and the network makes finite numbers of it. "
-                "If it is meant to, say so: nan_observations=True, or a list of keys; False makes NaN an error",
-                stacklevel=6,
-            )
-        return key in self._nan_understood
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
-    ) -> bool:
-        """
-        Step the environments with the current policy and fill the buffer, advantages and returns included.
-
-        The local variables keep SB3's names, for callbacks read them.
-
-        :param env: the training environments
-        :param callback: called at every step, and before and after the rollout
-        :param rollout_buffer: buffer to fill, of ``n_rollout_steps`` steps
-        :param n_rollout_steps: steps per environment
-        :return: whether the rollout is complete; not so if the callback ended training
-        :raises NonFiniteError: for NaN or infinity in observations, rewards, or what the policy makes of them
-        """
-        assert self._last_obs is not None, "learn() resets the environments first"
-        assert self._last_episode_starts is not None
-        ours = rollout_buffer if isinstance(rollout_buffer, ScratchRolloutBuffer) else None
-        observe = ours.observe if ours is not None else partial(obs_as_tensor, device=self.device)
-        takes_tensors = ours is not None and ours.takes_tensors
-        unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
-        native = _masked_env(env, rollout_buffer)
-        is_users = not unwatched and holds_users_code(callback)
-        check = self._step_check(env)
-        if self._guard is None:
-            self._guard = ObservationGuard()
-            self._last_obs = self._guard(self._last_obs)
-        self.policy.set_training_mode(False)
-        n_steps = 0
-        rollout_buffer.reset()
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
-        callback.on_rollout_start()
-        rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda  # a callback may have changed them
-        engine = self._current_engine()
-        engine.begin_rollout()
-        check(self._last_obs, None, 0)
-
-        while n_steps < n_rollout_steps:
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
-            obs_tensor = observe(self._last_obs)
-            actions, values, log_probs, dist_params = self._ask(engine.act, self._last_obs, obs_tensor)
-            clipped_actions = to_env_actions(actions, self.action_space, self.policy)
-            check.before_step()
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
-            new_obs = self._guard(new_obs)
-            reset_rows = None if native is None else native.reset_rows
-            check(new_obs, rewards, n_steps)
-
-            self.num_timesteps += env.num_envs
-            if not unwatched:
-                callback.update_locals(locals())
-            if not goes_on(callback):
-                return False
-            if is_users:
-                engine = self._engine_after_callback(engine)
-            self._update_info_buffer(infos, dones)
-            n_steps += 1
-
-            if rows := cut_short(dones, infos):
-                for row in rows:
-                    check.final(infos[row]["terminal_observation"], row, n_steps - 1)
-                rewards = self._bootstrap(engine, rewards, rows, infos)
-            valid = None
-            if reset_rows is not None and reset_rows.any():
-                valid = ~reset_rows
-                dones = dones | reset_rows  # what follows a reset row begins an episode
-            seen = obs_tensor if takes_tensors else self._last_obs
-            step = (seen, actions, rewards, self._last_episode_starts, values, log_probs)
-            if ours is None:
-                rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
-            else:
-                ours.add(*step, dist_params, valid, self.row_extras(infos))  # type: ignore[arg-type]  # likewise
-            self._last_obs = new_obs
-            self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
-
-        values = self._ask(engine.predict_values, new_obs, observe(new_obs))  # type: ignore[arg-type]  # no tuple
-        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
-        check_rollout(rollout_buffer)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
-
-    def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """
-        To be overridden: more about the step just taken, which a loss of one's own finds in ``batch.extras`` by name.
-
-        :param infos: of the step, one per environment
-        :return: by name ``[n_envs, ...]``, the same names in every step; nothing by default
-        """
-        return {}
-
-    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: PyTorchObs) -> Any:
-        """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
-        try:
-            return question(prepared)
-        except (RuntimeError, IndexError) as error:
-            reason = why_no_answer(self.policy, self.observation_space, obs)
-            if reason is None:
-                raise
-            raise reason from error
-
-    def _bootstrap(self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]]) -> np.ndarray:
-        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
-            """``[batch_size, 1]``, or ``[1, 1]`` of one unbatched observation."""
-            return self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
-
-        if engine.batched_bootstrap:
-            return bootstrap_time_limits_at_once(
-                rewards, rows, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
-            )
-        return bootstrap_time_limits(rewards, rows, infos, lambda final: values_of(final)[0], self.gamma)
 
     def train(self) -> None:
         """Update the policy on the rollout in ``rollout_buffer``, and record what the update measured."""
@@ -886,25 +671,6 @@ class ScratchPPO(OnPolicyAlgorithm):
         with explained_failures():
             model._resumed.restore_env(model)
         return model
-
-
-def holds_users_code(callback: BaseCallback) -> bool:
-    """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours."""
-    return any(
-        isinstance(each, ConvertCallback) or type(each).__module__.partition(".")[0] not in _HARMLESS
-        for each in all_callbacks(callback)
-    )
-
-
-def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:
-    """The environment that says which rows are no transitions, if there can be such."""
-    native = with_reset_rows(env)
-    if native is not None and not isinstance(rollout_buffer, ScratchRolloutBuffer):
-        raise ValueError(
-            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer for an environment with reset rows (next-step "
-            f"autoreset), for they are to be left out, not {type(rollout_buffer).__name__}"
-        )
-    return native
 
 
 def _in_order(buffer: RolloutBuffer, *arrays: np.ndarray) -> list[np.ndarray]:

@@ -1,15 +1,224 @@
-"""Between the policy and the environments: the action an environment gets, and the value behind a time limit."""
+"""Phase one of PPO: act in the environments, and fill the buffer with what was seen, done and received."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
 
-__all__ = ["bootstrap_time_limits", "bootstrap_time_limits_at_once", "cut_short", "to_env_actions"]
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.checkpoint import all_callbacks
+from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
+from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
+from sb3_ppo_from_scratch.engines import Engine
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
+
+__all__ = [
+    "RolloutAlgorithm",
+    "bootstrap_time_limits",
+    "bootstrap_time_limits_at_once",
+    "cut_short",
+    "holds_users_code",
+    "to_env_actions",
+]
+
+_HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratch")
+"""Whose callbacks leave the policy as it is."""
+
+
+class RolloutAlgorithm(OnPolicyAlgorithm):
+    """What ``ScratchPPO`` does in phase one."""
+
+    nan_observations: bool | Collection[str] | None
+    _nan_understood: set[str]
+    """Keys of observations whose NaN the network has made finite numbers of"""
+    _guard: ObservationGuard | None
+    """Keeps observations from being written to by those who made them; ``None`` before the first rollout"""
+
+    @abstractmethod
+    def _current_engine(self) -> Engine:
+        """The engine for the policy as it is now."""
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Step the environments with the current policy and fill the buffer, advantages and returns included.
+
+        The local variables keep SB3's names, for callbacks read them.
+
+        :param env: the training environments
+        :param callback: called at every step, and before and after the rollout
+        :param rollout_buffer: buffer to fill, of ``n_rollout_steps`` steps
+        :param n_rollout_steps: steps per environment
+        :return: whether the rollout is complete; not so if the callback ended training
+        :raises NonFiniteError: for NaN or infinity in observations, rewards, or what the policy makes of them
+        """
+        assert self._last_obs is not None, "learn() resets the environments first"
+        assert self._last_episode_starts is not None
+        ours = rollout_buffer if isinstance(rollout_buffer, ScratchRolloutBuffer) else None
+        observe = ours.observe if ours is not None else partial(obs_as_tensor, device=self.device)
+        takes_tensors = ours is not None and ours.takes_tensors
+        unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
+        native = _masked_env(env, rollout_buffer)
+        is_users = not unwatched and holds_users_code(callback)
+        check = self._step_check(env)
+        if self._guard is None:
+            self._guard = ObservationGuard()
+            self._last_obs = self._guard(self._last_obs)
+        self.policy.set_training_mode(False)
+        n_steps = 0
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+        rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda  # a callback may have changed them
+        engine = self._current_engine()
+        engine.begin_rollout()
+        check(self._last_obs, None, 0)
+
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            obs_tensor = observe(self._last_obs)
+            actions, values, log_probs, dist_params = self._ask(engine.act, self._last_obs, obs_tensor)
+            clipped_actions = to_env_actions(actions, self.action_space, self.policy)
+            check.before_step()
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs = self._guard(new_obs)
+            reset_rows = None if native is None else native.reset_rows
+            check(new_obs, rewards, n_steps)
+
+            self.num_timesteps += env.num_envs
+            if not unwatched:
+                callback.update_locals(locals())
+            if not goes_on(callback):
+                return False
+            if is_users:
+                engine = self._engine_after_callback(engine)
+            self._update_info_buffer(infos, dones)
+            n_steps += 1
+
+            if rows := cut_short(dones, infos):
+                for row in rows:
+                    check.final(infos[row]["terminal_observation"], row, n_steps - 1)
+                rewards = self._bootstrap(engine, rewards, rows, infos)
+            valid = None
+            if reset_rows is not None and reset_rows.any():
+                valid = ~reset_rows
+                dones = dones | reset_rows  # what follows a reset row begins an episode
+            seen = obs_tensor if takes_tensors else self._last_obs
+            step = (seen, actions, rewards, self._last_episode_starts, values, log_probs)
+            if ours is None:
+                rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
+            else:
+                ours.add(*step, dist_params, valid, self.row_extras(infos))  # type: ignore[arg-type]  # likewise
+            self._last_obs = new_obs
+            self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
+
+        values = self._ask(engine.predict_values, new_obs, observe(new_obs))  # type: ignore[arg-type]  # no tuple
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        check_rollout(rollout_buffer)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """
+        To be overridden: more about the step just taken, which a loss of one's own finds in ``batch.extras`` by name.
+
+        :param infos: of the step, one per environment
+        :return: by name ``[n_envs, ...]``, the same names in every step; nothing by default
+        """
+        return {}
+
+    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: PyTorchObs) -> Any:
+        """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
+        try:
+            return question(prepared)
+        except (RuntimeError, IndexError) as error:
+            reason = why_no_answer(self.policy, self.observation_space, obs)
+            if reason is None:
+                raise
+            raise reason from error
+
+    def _bootstrap(self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]]) -> np.ndarray:
+        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
+            """``[batch_size, 1]``, or ``[1, 1]`` of one unbatched observation."""
+            return self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
+
+        if engine.batched_bootstrap:
+            return bootstrap_time_limits_at_once(
+                rewards, rows, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
+            )
+        return bootstrap_time_limits(rewards, rows, infos, lambda final: values_of(final)[0], self.gamma)
+
+    def _engine_after_callback(self, engine: Engine) -> Engine:
+        """Whatever a callback does to the policy counts from the next step on."""
+        if engine.policy is self.policy and engine.is_unchanged():
+            return engine
+        engine = self._current_engine()
+        engine.begin_rollout()
+        return engine
+
+    def _step_check(self, env: VecEnv) -> StepCheck:
+        return StepCheck(env, self.observation_space, self._may_be_nan)
+
+    def _may_be_nan(self, key: str, obs: Any) -> bool:
+        """Whether NaN may stand in the observations of a key (empty where there are none)."""
+        if self.nan_observations is None:
+            return key in self._nan_understood or self._makes_sense_of(key, obs)
+        return self.nan_observations is True or (self.nan_observations is not False and key in self.nan_observations)
+
+    def _makes_sense_of(self, key: str, obs: Any) -> bool:
+        """A network of SB3's makes NaN of NaN; one of the user's that does not has been written for it."""
+        with th.no_grad():
+            values = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])
+        if th.isfinite(values).all():
+            self._nan_understood.add(key)
+            warnings.warn(
+                f"there is NaN in the observations{f' {key!r}' if key else ''}, and the network makes finite numbers of it. "
+                "If it is meant to, say so: nan_observations=True, or a list of keys; False makes NaN an error",
+                stacklevel=6,
+            )
+        return key in self._nan_understood
+
+
+def holds_users_code(callback: BaseCallback) -> bool:
+    """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours."""
+    return any(
+        isinstance(each, ConvertCallback) or type(each).__module__.partition(".")[0] not in _HARMLESS
+        for each in all_callbacks(callback)
+    )
+
+
+def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:
+    """The environment that says which rows are no transitions, if there can be such."""
+    native = with_reset_rows(env)
+    if native is not None and not isinstance(rollout_buffer, ScratchRolloutBuffer):
+        raise ValueError(
+            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer for an environment with reset rows (next-step "
+            f"autoreset), for they are to be left out, not {type(rollout_buffer).__name__}"
+        )
+    return native
 
 
 def to_env_actions(actions: np.ndarray, action_space: spaces.Space, policy: ActorCriticPolicy) -> np.ndarray:

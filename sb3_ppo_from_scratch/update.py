@@ -24,7 +24,6 @@ from sb3_ppo_from_scratch.distributions import distribution_parameters
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 
 __all__ = [
-    "NAN_POLICIES",
     "Gradient",
     "Learner",
     "Loss",
@@ -34,9 +33,6 @@ __all__ = [
     "minibatch_loss",
     "update",
 ]
-
-NAN_POLICIES = ("raise", "skip")
-"""What may happen to a minibatch whose loss or gradient is not finite."""
 
 Batch = TypeVar("Batch")
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_ppo_from_scratch import ScratchPPO
-from sb3_ppo_from_scratch.ppo import holds_users_code
+from sb3_ppo_from_scratch.rollout import holds_users_code
 from tests.envs import OBSERVATION_SPACES
 from tests.helpers import ToyEnv
 

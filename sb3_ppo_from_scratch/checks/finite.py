@@ -18,7 +18,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.errors import NonFiniteError
 
-__all__ = ["StepCheck", "check_minibatch", "check_rollout"]
+__all__ = ["NAN_POLICIES", "StepCheck", "check_minibatch", "check_rollout"]
+
+NAN_POLICIES = ("raise", "skip")
+"""What may happen to a minibatch whose loss or gradient is not finite."""
 
 _CAUSES = {
     "environment": "the environment divides by zero or overflows, or its observations need VecNormalize(clip_obs=...). If "

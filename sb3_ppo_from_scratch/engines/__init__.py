@@ -55,10 +55,12 @@ def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32",
     :param policy: with its optimizer
     :param precision: one of :data:`PRECISIONS`
     :param loss: of a minibatch
-    :raises ValueError: for an unknown name, or if no such engine can do it (the message says why)
+    :raises ValueError: for an unknown name or precision, or if no such engine can do it (the message says why)
     """
     if name not in ENGINE_NAMES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINE_NAMES))}, not {name!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, not {precision!r}")
     refusals: dict[str, str] = {}
     for each, engine in (_FOR_AUTO if name == "auto" else {name: _ENGINES[name]}).items():
         reason = engine.refusal(policy, precision, loss)
