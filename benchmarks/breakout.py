@@ -13,6 +13,11 @@ machine. The command that reaches the end writes the agent, ``model.zip``, and l
     python -m benchmarks.breakout --out benchmarks/results/breakout --picture
     python -m benchmarks.breakout --out runs/breakout --export runs/agent
     scratch-zoo enjoy --algo scratch_ppo --env BreakoutNoFrameskip-v4 -f runs/agent
+
+A checkpoint has 20 MiB. Where that is too much to keep, an agent and the record do: ``--start`` takes both from a folder and
+goes on with the same steps and schedules, though with new moments of Adam, and so not with the same bits::
+
+    python -m benchmarks.breakout --out runs/breakout --start benchmarks/results/breakout
 """
 
 from __future__ import annotations
@@ -61,6 +66,8 @@ Record = dict[str, Any]
 ENV_ID = "BreakoutNoFrameskip-v4"
 PUBLISHED = {"rl-zoo3": (398.0, 33.0), "CleanRL": (414.7, 28.0)}
 """Mean score after 10 million steps and its spread, as published by others."""
+AGENT = "agent"
+"""Folder of an exported agent beside its record."""
 _STRETCH = 20_000
 """Timesteps whose games make one row of the learning curve."""
 _GAMES_AT_ONCE = 8
@@ -189,7 +196,7 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
     deadline = time.monotonic() + 60.0 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "record.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _new_record(options)
+    record = _begun_record(options)
     record["sessions"].append(_new_session(options))
     checkpoint = ResumableCheckpoint(None, options.out / "checkpoints")
     # the games' C++ cannot be saved: each command begins new ones
@@ -203,6 +210,10 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
             model = ScratchPPO.resume(options.out / "checkpoints", env, device=options.device)
             print(f"going on after {model.num_timesteps:,} of {timesteps:,} steps", flush=True)
             model.continue_learning(callbacks)
+        elif options.start is not None:
+            model = ScratchPPO.load(agent_file(options.start / AGENT), env, device=options.device)
+            print(f"going on with the agent of {model.num_timesteps:,} of {timesteps:,} steps", flush=True)
+            model.learn(timesteps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
         else:
             choice = {name: getattr(options, name) for name in ("seed", "device", "engine", "precision")}
             model = ScratchPPO(task.policy, env, **choice, **task.arguments)
@@ -291,6 +302,14 @@ def _games(n_envs: int, backend: str, seed: int, clip_reward: bool = True) -> Ve
     return make_native_atari_env(ENV_ID, n_envs, seed=seed, backend=backend, clip_reward=clip_reward)
 
 
+def _begun_record(options: argparse.Namespace) -> Record:
+    """The run's, or that of the run that it goes on from; else a new one."""
+    for folder in filter(None, (options.out, options.start)):
+        if (folder / "record.json").exists():
+            return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return _new_record(options)
+
+
 def _new_record(options: argparse.Namespace) -> Record:
     choice = {name: getattr(options, name) for name in ("seed", "engine", "precision", "backend", "timesteps", "threads")}
     return {**choice, "env": ENV_ID, "sessions": [], "training": [], "evaluations": [], "done": False}
@@ -346,12 +365,17 @@ def export(model: ScratchPPO, folder: Path) -> Path:
     :param folder: what ``-f`` takes
     :return: the agent's file
     """
-    run = folder / "scratch_ppo" / f"{ENV_ID}_1"
-    save_agent(model, run / f"{ENV_ID}.zip")
-    config = run / ENV_ID / "config.yml"
+    path = agent_file(folder)
+    save_agent(model, path)
+    config = path.parent / ENV_ID / "config.yml"
     config.parent.mkdir(exist_ok=True)
     config.write_text(yaml.safe_dump(load_entry("atari")), encoding="utf-8")
-    return run / f"{ENV_ID}.zip"
+    return path
+
+
+def agent_file(folder: Path) -> Path:
+    """Where rl-zoo3 looks for an agent in a folder of its runs."""
+    return folder / "scratch_ppo" / f"{ENV_ID}_1" / f"{ENV_ID}.zip"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -371,6 +395,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-episodes", type=number(int, 0), default=16, help="games per evaluation (%(default)s)")
     parser.add_argument("--picture", action="store_true", help="draw the curve of the record in --out, and run nothing")
     parser.add_argument("--export", type=Path, help="folder for the newest checkpoint's agent, as rl-zoo3 writes one")
+    parser.add_argument("--start", type=Path, help="folder of a record and an agent to go on from, if --out has no checkpoint")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
     return parser.parse_args(arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -84,6 +85,25 @@ def test_rl_zoo3_plays_an_exported_agent(tmp_path: Path, monkeypatch: pytest.Mon
     done = subprocess.run(enjoy, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"Loading {path}" in done.stdout
+
+
+def test_an_agent_and_its_record_are_enough_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the steps, the schedules and the rows of the run that they come from."""
+    command(tmp_path / "first", 0.0)
+    monkeypatch.setattr(breakout, "load_task", lambda name: tiny_task())
+    monkeypatch.setattr(
+        "sys.argv", ["breakout", "--out", str(tmp_path / "first"), "--export", str(tmp_path / "kept" / "agent")]
+    )
+    breakout.main()
+    shutil.copy(tmp_path / "first" / "record.json", tmp_path / "kept")
+    saved = ScratchPPO.load(breakout.agent_file(tmp_path / "kept" / "agent"))
+    record = command(tmp_path / "second", 5.0, start=tmp_path / "kept")
+    assert record["done"]
+    assert [session["from"] for session in record["sessions"]] == [0, saved.num_timesteps]
+    assert record["training"][-1]["timesteps"] == 40
+    end = ScratchPPO.load(tmp_path / "second" / "model.zip")
+    assert end._total_timesteps == 40
+    assert end._current_progress_remaining == pytest.approx(0.0)
 
 
 def test_what_was_written_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:
