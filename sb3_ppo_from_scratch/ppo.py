@@ -244,7 +244,7 @@ class ScratchPPO(RolloutAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         self.set_random_seed(self.seed)
-        with errors_for_assertions(f"policy {self._policy_name!r} with the observation space {self.observation_space}"):
+        with errors_for_assertions(f"policy {self._policy_name!r}", self.observation_space):
             policy = self.policy_class(
                 self.observation_space,
                 self.action_space,

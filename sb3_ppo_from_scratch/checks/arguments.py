@@ -186,11 +186,12 @@ def check_device(device: th.device | str) -> None:
 
 
 @contextmanager
-def errors_for_assertions(subject: str) -> Iterator[None]:
+def errors_for_assertions(subject: str, space: spaces.Space | None = None) -> Iterator[None]:
     """
     SB3 asserts what users may get wrong; an assertion vanishes under ``python -O``, and nobody thinks of catching one.
 
     :param subject: what is being checked, to begin the message with
+    :param space: the observation space, to be named too; a Box that has been printed is saved in other bytes
     :raises ValueError: in place of an ``AssertionError``, a ``NotImplementedError``, or torch's errors about shapes
     """
     try:
@@ -198,4 +199,5 @@ def errors_for_assertions(subject: str) -> Iterator[None]:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError):
             raise  # EnvFailedError, or of a device
-        raise ValueError(f"{subject}: {' '.join(map(str, error.args))}") from error
+        where = "" if space is None else f" with the observation space {space}"
+        raise ValueError(f"{subject}{where}: {' '.join(map(str, error.args))}") from error
