@@ -546,7 +546,7 @@ SETUPS: dict[str, Setup] = {
     "itertools.cycle": Setup(dummy(lambda: Holding(itertools.cycle([0.1, 0.7, 0.4]), next)), same=False),
     "iterator of a list": Setup(dummy(lambda: Holding(iter([0.1, 0.7] * 200), next)), same=False),
     "generator function": Setup(dummy(lambda: Holding((scrambled(n) for n in range(999)), next)), same=False),
-    "tensor": Setup(dummy(lambda: Holding(th.zeros(1), lambda held: scrambled(int(held.add_(1))))), same=False),
+    "tensor": Setup(dummy(lambda: Holding(th.zeros(1), lambda held: scrambled(int(held.add_(1))))), same=True),
     "own state": Setup(dummy(OwnState), same=True),
     "own state, incomplete": Setup(dummy(lambda: OwnState(complete=False)), same=False),
     # wrappers
