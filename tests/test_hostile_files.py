@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import io
 import json
 import os
@@ -81,9 +82,9 @@ def torch_file(content: Any) -> bytes:
 
 
 def objects() -> np.ndarray:
-    array = np.empty(4, object)
-    array[:] = [["secret"]] * 4
-    return array
+    made = np.empty(4, object)
+    made[:] = [["secret"]] * 4
+    return made
 
 
 def new_ex(kind: type, arguments: tuple[Any, ...], **named: Any) -> bytes:
@@ -195,9 +196,9 @@ def test_global_generators_in_a_checkpoint_are_checked(tmp_path: Path) -> None:
 
 
 def test_an_object_gets_its_state_once() -> None:
-    array = pickle.dumps(np.zeros(3), 2)
+    whole = pickle.dumps(np.zeros(3), 2)
     with pytest.raises(UnsafeFileError, match="has its state already"):
-        safe_loads(array[:-1] + b"Nb.", "a field")
+        safe_loads(whole[:-1] + b"Nb.", "a field")
 
 
 # ------------------------------------------------------------------ live objects
@@ -274,6 +275,7 @@ OWN: dict[str, Callable[[int], Any]] = {
     "objects in an array": lambda n: np.array([Thing(n), None], object),
     "texts in an array": lambda n: np.array([f"x{n}", "abc"]),
     "Python's generator": random.Random,
+    "Python's array": lambda n: array.array("d", [n, 2.5]),
     "two that share": lambda n: (lambda shared: {"a": shared, "b": shared})(np.random.default_rng(n)),
 }
 

@@ -109,6 +109,8 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("datetime", ("datetime",), values.make_datetime, "episode infos"),
     Allowed("datetime", ("date",), values.make_date, "episode infos"),
     Allowed("datetime", ("timedelta",), values.make_timedelta, "episode infos"),
+    Allowed("array", ("_array_reconstructor",), values.rebuild_python_array, "environments' states"),
+    Allowed("array", ("array",), NAMED, "argument of the row before"),
     Allowed("itertools", ("count",), values.make_count, "environments' states"),
     Allowed("pathlib", ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"), values.make_path, "tensorboard_log"),
     Allowed("random", ("Random",), values.make_random, "environments' states"),

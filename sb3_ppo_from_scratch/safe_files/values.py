@@ -7,6 +7,7 @@ first. In particular no array is ever laid over memory that the file points to, 
 
 from __future__ import annotations
 
+import array
 import datetime
 import itertools
 import pathlib
@@ -203,6 +204,23 @@ def make_date(packed: Any) -> datetime.date:
 def make_timedelta(*numbers: Any) -> datetime.timedelta:
     """From days, seconds and microseconds."""
     return datetime.timedelta(*(_integer(number) for number in numbers[:3]))
+
+
+_UNSIGNED, _SIGNED = {1: 0, 2: 2, 4: 6, 8: 10}, {1: 1, 2: 4, 4: 8, 8: 12}
+_FORMATS: dict[str, int] = {
+    **{code: _UNSIGNED[array.array(code).itemsize] for code in "BHILQ"},
+    **{code: _SIGNED[array.array(code).itemsize] for code in "bhilq"},
+    "f": 14,
+    "d": 16,
+}
+"""What pickles call the formats of the numbers in Python's arrays, least byte first, by the code of their type here."""
+
+
+def rebuild_python_array(kind: Any, code: Any, machine_format: Any, data: Any) -> array.array[Any]:
+    """``array._array_reconstructor``, of this machine's own formats."""
+    if kind is not array.array or type(code) is not str or type(data) is not bytes or _FORMATS.get(code) != machine_format:
+        raise Refused("an array.array", "it is not written as this machine writes one")
+    return array.array(code, data)
 
 
 def make_random() -> random.Random:
