@@ -88,7 +88,7 @@ class ScriptedEngine(Engine):
         leaves = obs.values() if isinstance(obs, dict) else [obs]
         return sum(leaf.double().reshape(len(leaf), -1).sum(1, keepdim=True) for leaf in leaves).float()  # type: ignore[union-attr]
 
-    def update(self, buffer: Any, config: Any) -> Any:
+    def learning(self, buffer: Any, config: Any) -> Any:
         raise NotImplementedError
 
 
