@@ -30,7 +30,6 @@ from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
 __all__ = [
     "RolloutAlgorithm",
     "bootstrap_time_limits",
-    "bootstrap_time_limits_at_once",
     "cut_short",
     "holds_users_code",
     "to_env_actions",
@@ -161,15 +160,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             raise reason from error
 
     def _bootstrap(self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]]) -> np.ndarray:
-        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
-            """``[batch_size, 1]``, or ``[1, 1]`` of one unbatched observation."""
-            return self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
+        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+            values = self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
+            return values[:, 0].numpy(force=True)
 
-        if engine.batched_bootstrap:
-            return bootstrap_time_limits_at_once(
-                rewards, rows, infos, lambda finals: values_of(finals)[:, 0].numpy(force=True), self.gamma
-            )
-        return bootstrap_time_limits(rewards, rows, infos, lambda final: values_of(final)[0], self.gamma)
+        return bootstrap_time_limits(rewards, rows, infos, values_of, self.gamma, engine.batched_bootstrap)
 
     def _engine_after_callback(self, engine: Engine) -> Engine:
         """Whatever a callback does to the policy counts from the next step on."""
@@ -258,52 +253,32 @@ def bootstrap_time_limits(
     rewards: np.ndarray,
     rows: list[int],
     infos: list[dict[str, Any]],
-    predict_value: Callable[[Any], Any],
+    predict_values: Callable[[Any], np.ndarray],
     gamma: float,
+    at_once: bool = False,
 ) -> np.ndarray:
     r"""
     Where an episode was cut by a time limit, add what would have followed: :math:`r_t \leftarrow r_t + \gamma V(s_{final})`.
 
     The value is of the *final* observation (``infos[i]["terminal_observation"]``), never of the one that the environment
-    was reset to; advantages are cut there all the same (SB3 issues 633 and 651). One environment at a time, as SB3 does: a
-    batched call may round differently. What SB3 does otherwise: it adds to the environment's own array, which may be
-    read-only or handed out again, and into an array of integers, which rounds the value away.
+    was reset to; advantages are cut there all the same (SB3 issues 633 and 651). What SB3 does otherwise: it adds to the
+    environment's own array, which may be read-only or handed out again, and into an array of integers, which rounds the
+    value away.
 
     :param rewards: ``[n_envs]``
-    :param rows: of :func:`cut_short`
+    :param rows: of :func:`cut_short`, at least one
     :param infos: one dict per environment, as ``VecEnv.step`` returns them
-    :param predict_value: from one unbatched observation to its value, shape ``[1]``
+    :param predict_values: from a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``
     :param gamma: discount factor
+    :param at_once: whether one call may serve all environments, which may round differently from SB3's call for each
     :return: ``[n_envs]``, rewards in an array of their own
     """
     rewards = _reals(rewards)
-    for index in rows:
-        rewards[index] += gamma * predict_value(infos[index]["terminal_observation"])
-    return rewards
-
-
-def bootstrap_time_limits_at_once(
-    rewards: np.ndarray,
-    rows: list[int],
-    infos: list[dict[str, Any]],
-    predict_values: Callable[[Any], np.ndarray],
-    gamma: float,
-) -> np.ndarray:
-    """
-    :func:`bootstrap_time_limits` with one call for all environments, the same up to rounding.
-
-    :param rewards: as there
-    :param rows: as there, at least one
-    :param infos: as there
-    :param predict_values: from a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``
-    :param gamma: as there
-    :return: as there
-    """
-    rewards = _reals(rewards)
-    finals = [infos[index]["terminal_observation"] for index in rows]
-    is_dict = isinstance(finals[0], dict)
-    batch = {key: np.stack([final[key] for final in finals]) for key in finals[0]} if is_dict else np.stack(finals)
-    rewards[rows] += gamma * predict_values(batch)
+    for group in [rows] if at_once else [[row] for row in rows]:
+        finals = [infos[row]["terminal_observation"] for row in group]
+        is_dict = isinstance(finals[0], dict)
+        batch = {key: np.stack([final[key] for final in finals]) for key in finals[0]} if is_dict else np.stack(finals)
+        rewards[group] += gamma * predict_values(batch)
     return rewards
 
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, bootstrap_time_limits_at_once, cut_short, to_env_actions
+from sb3_ppo_from_scratch.rollout import bootstrap_time_limits, cut_short, to_env_actions
 from sb3_ppo_from_scratch.vec_env.memory import own_copy
 from tests.envs import ClockEnv
 
@@ -46,7 +46,7 @@ def test_other_actions_pass_unchanged(space: spaces.Space) -> None:
 
 
 def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -> None:
-    """Trap 1, and trap 2: one call per environment, with its unbatched observation."""
+    """Trap 1, and trap 2: one call per environment."""
     final = np.array([7.0])
     infos = [
         {"terminal_observation": final, "TimeLimit.truncated": True},
@@ -57,9 +57,9 @@ def test_trap_1_only_a_time_limit_is_bootstrapped_from_the_final_observation() -
     ]
     asked: list[float] = []
 
-    def value(observation: np.ndarray) -> th.Tensor:
-        asked.append(float(observation[0]))
-        return 10 * th.from_numpy(observation)
+    def value(observations: np.ndarray) -> np.ndarray:
+        asked.append(float(observations[0, 0]))
+        return 10 * observations[:, 0]
 
     rows = cut_short(np.array([True, True, True, False, True]), infos)
     rewards = bootstrap_time_limits(np.ones(5), rows, infos, value, gamma=0.5)
@@ -84,20 +84,19 @@ def test_trap_2_other_engines_may_be_asked_for_all_values_in_one_call(key: str |
         return 10 * batch[:, 0]
 
     rows = cut_short(np.array([True, True, True, False]), infos)
-    rewards = bootstrap_time_limits_at_once(np.ones(4), rows, [*infos, {}], values, gamma=0.5)
+    rewards = bootstrap_time_limits(np.ones(4), rows, [*infos, {}], values, gamma=0.5, at_once=True)
     assert rewards.tolist() == [36.0, 1.0, 71.0, 1.0]
     assert asked == [[[7.0], [14.0]]]
     assert cut_short(np.zeros(4, bool), [{}] * 4) == []
 
 
-@pytest.mark.parametrize("bootstrap", [bootstrap_time_limits, bootstrap_time_limits_at_once])
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", ["int64", "bool", "read-only", "float16", "float32", "float64"])
-def test_rewards_of_any_kind_take_a_value_and_stay_the_environments_own(bootstrap: Any, kind: str) -> None:
+def test_rewards_of_any_kind_take_a_value_and_stay_the_environments_own(at_once: bool, kind: str) -> None:
     rewards = np.ones(2, np.float32 if kind == "read-only" else kind)
     rewards.setflags(write=kind != "read-only")
     infos = [{"terminal_observation": np.array([0.5], np.float32), "TimeLimit.truncated": True}, {}]
-    values = (lambda obs: th.from_numpy(obs)) if bootstrap is bootstrap_time_limits else (lambda obs: obs[:, 0])
-    got = bootstrap(rewards, [0], infos, values, gamma=0.9)
+    got = bootstrap_time_limits(rewards, [0], infos, lambda obs: obs[:, 0], gamma=0.9, at_once=at_once)
     assert got.tolist() == pytest.approx([1.45, 1.0], rel=1e-3)
     assert got.dtype == (rewards.dtype if rewards.dtype.kind == "f" else np.float32)
     assert rewards.tolist() == [1, 1]
