@@ -327,7 +327,7 @@ class ScratchPPO(RolloutAlgorithm):
         return {**self.__dict__, "_engine": None}
 
     def _is_current(self, engine: Engine) -> bool:
-        same = engine.policy is self.policy and engine.loss is self.loss and self.engine in ("auto", engine.name)
+        same = engine.policy is self.policy and engine.loss == self.loss and self.engine in ("auto", engine.name)
         return same and engine.objection() is None
 
     # ------------------------------------------------------- rollout and update

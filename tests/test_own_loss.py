@@ -155,6 +155,18 @@ def test_the_example_changes_the_weights(
         cls(policy, env(), engine=by_name, **SIZES)
 
 
+def test_a_loss_may_be_a_method_that_knows_the_model() -> None:
+    class Annealed(ScratchPPO):
+        def loss(self, outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:  # type: ignore[override]
+            total = self._current_progress_remaining * outputs.values.sum()
+            return minibatch_loss(outputs, batch, config)._replace(total=total)
+
+    model = Annealed("MlpPolicy", toy(), **SIZES).learn(32)
+    engine = model._engine
+    assert type(engine) is TorchEngine
+    assert model.learn(32)._engine is engine, "not another one for every rollout"
+
+
 def test_the_example_keeps_the_policy_nearer() -> None:
     module = example()
     module.BETA = 100.0
