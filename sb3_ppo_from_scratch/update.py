@@ -273,6 +273,6 @@ def _fetch(rows: list[tuple[th.Tensor | float, ...]]) -> np.ndarray:
     """``[n_minibatches, 7]``, float32, from tensors with one copy from their device."""
     if not isinstance(rows[0][0], th.Tensor):
         return np.array(rows, np.float32)
-    like = rows[0][0].detach()
-    scalars = [[x.detach() if isinstance(x, th.Tensor) else th.full_like(like, x) for x in row] for row in rows]
+    like = rows[0][0].detach().reshape(())
+    scalars = [[x.detach().reshape(()) if isinstance(x, th.Tensor) else th.full_like(like, x) for x in row] for row in rows]
     return th.stack([th.stack(row) for row in scalars]).cpu().numpy()
