@@ -66,13 +66,14 @@ class NumpyEngine(Engine):
     def begin_rollout(self) -> None:
         known = self.is_unchanged() and self._optimizer is self.policy.optimizer
         if not (known and self.flat.is_current() and self.adam.is_current()):
+            self.release()
             self._attach()
 
     @override
     def objection(self) -> str | None:
         if not self.is_unchanged():
             return super().objection()
-        return self.loss_reason(self.loss) or support.optimizer_reason(self.policy.optimizer)
+        return self.loss_reason(self.loss) or support.optimizer_reason(self.policy.optimizer, self.flat.parameters)
 
     @override
     def is_unchanged(self) -> bool:
@@ -80,10 +81,8 @@ class NumpyEngine(Engine):
 
     @override
     def release(self) -> None:
-        if self.flat.is_current():
-            self.flat.release()
-        if self.adam.is_current():
-            self.adam.release()
+        self.flat.release()
+        self.adam.release()
 
     def _attach(self) -> None:
         """Lay the parameters and the optimizer's state side by side, and build the network on them."""
@@ -154,5 +153,7 @@ class NumpyEngine(Engine):
         self.flat.publish_gradient()
         # numbers overflow in silence, as in torch
         with np.errstate(all="ignore"), single_threaded(config.batch_size * self.network.largest_layer):
-            yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
-        self.network.forget()
+            try:
+                yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
+            finally:
+                self.network.forget()
