@@ -116,6 +116,17 @@ def hook_on_the_policy(model: Any) -> None:
     model.policy.register_forward_hook(lambda module, inputs, output: (0 * output[0], *output[1:]))
 
 
+def method_of_the_distribution(model: Any) -> None:
+    log_prob = model.policy.action_dist.log_prob
+    model.policy.action_dist.log_prob = lambda actions: 0.5 * log_prob(actions)
+
+
+def one_memory(model: Any) -> None:
+    towers = model.policy.mlp_extractor
+    if len(towers.value_net) > 0:
+        towers.value_net[2].weight.data = towers.policy_net[2].weight.data
+
+
 def unscaled(model: Any) -> None:
     model.policy.normalize_images = False
 
@@ -128,6 +139,7 @@ def std(model: Any) -> None:
 CHANGES = [
     *(in_place, by_data, new_data, from_vector, assigned, new_layer, hook, method, other_policy, std),
     *(subset, taken_out, forgotten, other_class, hook_on_the_policy, unscaled),
+    *(method_of_the_distribution, one_memory),
 ]
 
 

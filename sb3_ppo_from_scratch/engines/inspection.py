@@ -38,6 +38,8 @@ def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module],
         for key, parameter in module._parameters.items():
             if parameter is not None and (reason := _parameter_reason(parameter, optimized, seen)):
                 return f"{reason} {f'{name}.{key}'.lstrip('.')}"
+    if len({parameter.data_ptr() for parameter in policy.parameters()}) < len(seen):
+        return "some parameters share their memory"
     return "the optimizer has other parameters than the policy's" if len(optimized) > len(seen) else None
 
 
@@ -70,7 +72,7 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
     return None
 
 
-def replaced_method(module: nn.Module) -> str | None:
+def replaced_method(module: object) -> str | None:
     """A method of this very object that is not its class's."""
     return next((name for name in vars(module) if callable(getattr(type(module), name, None))), None)
 

@@ -28,7 +28,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
-from sb3_ppo_from_scratch.engines.inspection import Fingerprint
+from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
@@ -77,7 +77,8 @@ class NumpyEngine(Engine):
 
     @override
     def is_unchanged(self) -> bool:
-        return self._fingerprint.is_same() and self.policy.action_dist is self._distribution
+        distribution = self.policy.action_dist
+        return self._fingerprint.is_same() and distribution is self._distribution and replaced_method(distribution) is None
 
     @override
     def release(self) -> None:

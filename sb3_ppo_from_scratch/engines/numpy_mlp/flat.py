@@ -45,7 +45,15 @@ class FlatParameters:
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
 
     def release(self) -> None:
-        """Put the parameters that lie here back where they were, with the values and gradients that they have now."""
+        """
+        Put the parameters that lie here back where they were, with the values and gradients that they have now.
+
+        If the user has let one of them share another's memory, they all stay, and go on sharing it.
+        """
+        here = self._vector.untyped_storage().data_ptr()
+        for parameter, address in zip(self.parameters, self._addresses, strict=True):
+            if parameter.data_ptr() != address and parameter.untyped_storage().data_ptr() == here:
+                return
         for parameter, home, address in zip(self.parameters, self._homes, self._addresses, strict=True):
             if parameter.data_ptr() != address:
                 continue

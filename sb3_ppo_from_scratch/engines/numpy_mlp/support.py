@@ -21,7 +21,7 @@ from torch import nn
 
 from sb3_ppo_from_scratch import losses, update
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
@@ -43,6 +43,8 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
         return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
+    if name := replaced_method(policy.action_dist):
+        return f"the action distribution's {name} was replaced"
     if reason := modified_reason(policy, _BUILT_INS) or _structure_reason(policy):
         return reason
     return optimizer_reason(policy.optimizer, list(policy.parameters()))
