@@ -98,7 +98,7 @@ def minibatch_loss(
     :param outputs: of the policy now
     :param batch: what the rollout knows
     :param config: coefficients
-    :param weights: ``[B]``, how much each row counts; ``None`` for all alike
+    :param weights: ``[B]``, how often each row counts (no shares, if advantages are normalised); ``None`` for once each
     """
     advantages = normalize_advantages(batch.advantages, weights) if config.normalize_advantage else batch.advantages
     return ppo_loss(
