@@ -113,7 +113,8 @@ def normalize_advantages(advantages: th.Tensor, weights: th.Tensor | None = None
     Source: OpenAI Baselines' ppo2; detail 7 of https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details.
 
     :param advantages: ``[batch_size]``
-    :param weights: ``[batch_size]``, how often each row counts; ``None`` for once each
+    :param weights: ``[batch_size]``, how often each row counts; ``None`` for once each. Shares, which sum to 1, are as one row
+        to it: multiply them by the number of rows.
     :param epsilon: keeps the division finite when all advantages are equal
     :return: ``[batch_size]``
     """
@@ -124,4 +125,5 @@ def normalize_advantages(advantages: th.Tensor, weights: th.Tensor | None = None
     n_rows = weights.sum()
     centred = advantages - (weights * advantages).sum() / n_rows
     deviation = ((weights * centred.square()).sum() / (n_rows - 1)).sqrt()
-    return th.where(n_rows > 1, centred / (deviation + epsilon), advantages)
+    is_one = n_rows < 1 + 1e-3  # shares sum to 1 up to rounding, and their deviation would be made of that rounding
+    return th.where(is_one, advantages, centred / (deviation + epsilon))

@@ -224,13 +224,28 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _put_extras(self, extras: Mapping[str, np.ndarray]) -> None:
         if self.pos == 0:
-            arrays = {name: np.asarray(value) for name, value in extras.items()}
-            fresh = {name: self._allocate(value.shape[1:], value.dtype) for name, value in arrays.items()}
-            self.extras = {name: self.extras.get(name, storage) for name, storage in fresh.items()}
+            kept = self.extras
+            self.extras = {name: kept.get(name, np.empty(0)) for name in extras}
         if extras.keys() != self.extras.keys():
             raise ValueError(f"extras must be {sorted(self.extras)} in every step of a rollout, not {sorted(extras)}")
         for name, value in extras.items():
-            _store(self.extras[name][self.pos], value)
+            array = _array(value)
+            self._make_room(name, array)
+            self.extras[name][self.pos] = array
+
+    def _make_room(self, name: str, array: np.ndarray) -> None:
+        """Storage for one of the extras: what was of integers becomes one of floats when the first float comes."""
+        storage = self.extras[name]
+        if array.shape[:1] != (self.n_envs,) or (self.pos > 0 and array.shape != storage.shape[1:]):
+            shape = list(storage.shape[1:]) if self.pos > 0 else "[n_envs, ...]"
+            raise ValueError(f"extras[{name!r}] must have shape {shape} (n_envs={self.n_envs}), not {list(array.shape)}")
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"extras[{name!r}] must be numbers, not of dtype {array.dtype}")
+        if array.shape != storage.shape[1:]:
+            self.extras[name] = self._allocate(array.shape[1:], array.dtype)
+        elif not np.can_cast(array.dtype, storage.dtype):
+            self.extras[name] = self._allocate(array.shape[1:], np.result_type(array, storage))
+            self.extras[name][...] = storage
 
     def _end_step(self, valid: np.ndarray | None) -> None:
         """Note which of the step's rows are transitions, and go on to the next step."""
@@ -328,12 +343,15 @@ def is_channels_last(space: spaces.Space) -> bool:
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
-    array = source.numpy(force=True) if isinstance(source, th.Tensor) else np.asarray(source)
-    array = array.reshape(target.shape)
+    array = _array(source).reshape(target.shape)
     if target.dtype == np.uint8 and target.ndim == 4:  # torch transposes images three times as fast as NumPy
         th.from_numpy(target).copy_(th.from_numpy(array))
     else:
         target[...] = array
+
+
+def _array(source: Any) -> np.ndarray:
+    return source.numpy(force=True) if isinstance(source, th.Tensor) else np.asarray(source)
 
 
 def is_ours(buffer: RolloutBuffer) -> TypeGuard[ScratchRolloutBuffer]:

@@ -35,8 +35,11 @@ def distribution_parameters(distribution: Distribution | None) -> th.Tensor | No
     squashing, which leaves the KL unchanged).
 
     :param distribution: a policy's ``action_dist``
-    :return: ``[batch_size, n_params]``, with its gradient; ``None`` for a distribution this function does not know
+    :return: ``[batch_size, n_params]``, with its gradient; ``None`` for a distribution this function does not know, or that
+        has not been given any
     """
+    if getattr(distribution, "distribution", None) is None:  # a policy of the user's may do without it
+        return None
     if isinstance(distribution, CategoricalDistribution | BernoulliDistribution):
         return distribution.distribution.logits
     if isinstance(distribution, MultiCategoricalDistribution):

@@ -307,6 +307,8 @@ class ScratchPPO(RolloutAlgorithm):
         """The engine for the policy as it is now: users may replace ``policy``, change it, or change ``engine``."""
         engine = self._engine
         if engine is None or not self._is_current(engine):
+            if engine is not None:
+                engine.release()
             choice = choose_engine(self.engine, self.policy, self.precision, self.loss)
             engine = self._engine = choice.engine(self.policy, self.precision, self.loss)
             if self.verbose >= 1:

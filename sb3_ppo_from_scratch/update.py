@@ -98,7 +98,7 @@ def minibatch_loss(
     :param outputs: of the policy now
     :param batch: what the rollout knows
     :param config: coefficients
-    :param weights: ``[B]``, how much each row counts; ``None`` for all alike
+    :param weights: ``[B]``, how often each row counts (no shares, if advantages are normalised); ``None`` for once each
     """
     advantages = normalize_advantages(batch.advantages, weights) if config.normalize_advantage else batch.advantages
     return ppo_loss(
@@ -273,6 +273,6 @@ def _fetch(rows: list[tuple[th.Tensor | float, ...]]) -> np.ndarray:
     """``[n_minibatches, 7]``, float32, from tensors with one copy from their device."""
     if not isinstance(rows[0][0], th.Tensor):
         return np.array(rows, np.float32)
-    like = rows[0][0].detach()
-    scalars = [[x.detach() if isinstance(x, th.Tensor) else th.full_like(like, x) for x in row] for row in rows]
+    like = rows[0][0].detach().reshape(())
+    scalars = [[x.detach().reshape(()) if isinstance(x, th.Tensor) else th.full_like(like, x) for x in row] for row in rows]
     return th.stack([th.stack(row) for row in scalars]).cpu().numpy()

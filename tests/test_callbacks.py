@@ -88,12 +88,59 @@ def other_policy(model: Any) -> None:
     in_place(model)
 
 
+def subset(model: Any) -> None:
+    """What an optimizer does not have is frozen."""
+    model.policy.optimizer = th.optim.Adam(model.policy.action_net.parameters(), lr=1e-3, eps=1e-5)
+
+
+def taken_out(model: Any) -> None:
+    model.policy.optimizer.param_groups[0]["params"].pop()
+
+
+def forgotten(model: Any) -> None:
+    state = model.policy.optimizer.state
+    state.clear()
+    assert state[model.policy.value_net.weight] == {}, "to look it up makes it"
+
+
+def other_class(model: Any) -> None:
+    class Louder(type(model.policy)):  # type: ignore[misc]
+        def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+            values, log_prob, entropy = super().evaluate_actions(obs, actions)
+            return 2 * values, log_prob, entropy
+
+    model.policy.__class__ = Louder
+
+
+def hook_on_the_policy(model: Any) -> None:
+    model.policy.register_forward_hook(lambda module, inputs, output: (0 * output[0], *output[1:]))
+
+
+def method_of_the_distribution(model: Any) -> None:
+    log_prob = model.policy.action_dist.log_prob
+    model.policy.action_dist.log_prob = lambda actions: 0.5 * log_prob(actions)
+
+
+def one_memory(model: Any) -> None:
+    towers = model.policy.mlp_extractor
+    if len(towers.value_net) > 0:
+        towers.value_net[2].weight.data = towers.policy_net[2].weight.data
+
+
+def unscaled(model: Any) -> None:
+    model.policy.normalize_images = False
+
+
 def std(model: Any) -> None:
     if hasattr(model.policy, "log_std"):
         model.policy.log_std.data.fill_(-2.0)
 
 
-CHANGES = [in_place, by_data, new_data, from_vector, assigned, new_layer, hook, method, other_policy, std]
+CHANGES = [
+    *(in_place, by_data, new_data, from_vector, assigned, new_layer, hook, method, other_policy, std),
+    *(subset, taken_out, forgotten, other_class, hook_on_the_policy, unscaled),
+    *(method_of_the_distribution, one_memory),
+]
 
 
 class Change(BaseCallback):
@@ -137,6 +184,17 @@ def test_a_change_of_the_policy_counts_at_once(change: Callable[[Any], None], ta
     auto, auto_actions = changed_run(ScratchPPO, task, change, in_the_middle)
     np.testing.assert_allclose(auto_actions, actions, rtol=1e-3, atol=1e-3)
     th.testing.assert_close(vector(auto), vector(theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_an_activations_slope_may_change() -> None:
+    def steeper(model: Any) -> None:
+        model.policy.mlp_extractor.policy_net[1].negative_slope = 0.9
+
+    ends = []
+    for algorithm in (PPO, ScratchPPO):
+        model = algorithm("MlpPolicy", toy("discrete"), policy_kwargs={"activation_fn": nn.LeakyReLU}, **SIZES)
+        ends.append(vector(model.learn(96, callback=Change(steeper, True))))
+    th.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
 
 
 def test_only_users_callbacks_are_watched() -> None:
@@ -215,6 +273,37 @@ def test_a_trained_model_can_be_pickled(task: str, kwargs: dict[str, Any], engin
     copied = pickle.loads(pickle.dumps(model))
     assert th.equal(vector(copied), vector(model))
     assert copied._current_engine().policy is copied.policy
+
+
+def set_parameters(model: Any) -> None:
+    model.set_parameters(copy.deepcopy(model.get_parameters()))
+
+
+def torchs_engine(model: Any) -> None:
+    model.engine = "torch"
+
+
+@pytest.mark.parametrize("change", [in_place, set_parameters, torchs_engine, hook, forgotten])
+def test_parameters_go_home_whatever_a_callback_did(change: Callable[[Any], None]) -> None:
+    """Another layout in memory, or another engine, is no reason to leave them where the first one had put them."""
+    model = ScratchPPO("MlpPolicy", toy("discrete"), **SIZES)
+    held, homes = model.policy.state_dict(), [parameter.data_ptr() for parameter in model.policy.parameters()]
+    model.learn(96, callback=Change(change, True))
+    assert [parameter.data_ptr() for parameter in model.policy.parameters()] == homes
+    assert all(th.equal(held[name], parameter) for name, parameter in model.policy.named_parameters())
+
+
+@pytest.mark.parametrize("task", ["discrete", "images"])
+def test_an_update_that_fails_leaves_no_graph(task: str) -> None:
+    class Failing(ScratchPPO):
+        @staticmethod
+        def loss(*arguments: Any) -> Any:
+            raise KeyboardInterrupt
+
+    model = Failing(TASKS[task][0], toy(task), **SIZES)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(32)
+    assert th.equal(nn.utils.parameters_to_vector(copy.deepcopy(model.policy).parameters()), vector(model))
 
 
 def test_weights_in_shared_memory_stay_there() -> None:

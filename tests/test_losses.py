@@ -253,3 +253,10 @@ def test_rows_of_weight_0_may_hold_anything_finite() -> None:
         loss = ppo_loss(**dict(zip(NAMES, numbers, strict=True)), clip_range=0.1, ent_coef=0.3, weights=weights)
         results.append((*(part.detach() for part in loss), th.autograd.grad(loss.total, numbers)[0]))
     assert all(th.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_shares_are_as_one_row() -> None:
+    """Weights that sum to 1, more or less: no deviation is made of the rounding."""
+    advantages = th.randn(64, generator=th.Generator().manual_seed(0))
+    for share in (1 / 64, (1 + 1e-6) / 64):
+        assert th.equal(normalize_advantages(advantages, th.full((64,), share)), advantages)

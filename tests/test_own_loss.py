@@ -128,7 +128,75 @@ def test_the_same_loss_in_other_words_is_served_by_hand(monkeypatch: pytest.Monk
     assert choose_engine("auto", ScratchPPO("MlpPolicy", toy(), **SIZES).policy).engine is NumpyEngine
 
 
+def dual_clip(advantages: th.Tensor, ratio: th.Tensor, clip_range: float, weights: Any = None) -> th.Tensor:
+    """https://arxiv.org/abs/1912.09729: another loss where the ratio is above 3, and nowhere else."""
+    clipped = th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_range, 1 + clip_range))
+    return -losses.weighted_mean(th.where(advantages < 0, th.max(clipped, 3.0 * advantages), clipped), weights)
+
+
+def huber(values: th.Tensor, returns: th.Tensor, *_: Any) -> th.Tensor:
+    return 2.0 * th.nn.functional.huber_loss(values, returns, delta=10.0)
+
+
+def picky(values: th.Tensor, returns: th.Tensor, *_: Any) -> th.Tensor:
+    if len(values) != 8:
+        raise RuntimeError("only minibatches of 8")
+    return 2.0 * (values - returns).square().mean()
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return 2.0 * VALUE_LOSS(*arguments)
+
+
+VALUE_LOSS, APPROX_KL = losses.value_loss, losses.approx_kl
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("clipped_surrogate_loss", dual_clip),
+        ("value_loss", huber),
+        ("value_loss", picky),
+        ("value_loss", Unhashable()),
+        ("approx_kl", lambda *arguments: 1000.0 * APPROX_KL(*arguments)),
+    ],
+)
+def test_what_differs_far_out_or_fails_is_not_by_hand(name: str, function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ScratchPPO("MlpPolicy", toy(), **SIZES).policy
+    monkeypatch.setattr(losses, name, function)
+    assert choose_engine("auto", policy).engine is TorchEngine
+    monkeypatch.undo()
+    assert choose_engine("auto", policy).engine is NumpyEngine
+
+
+def test_a_replaced_function_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its coefficient may grow from nothing."""
+    coefficient, entropy_loss = [0.0], losses.entropy_loss
+    monkeypatch.setattr(losses, "entropy_loss", lambda *arguments: (1.0 + coefficient[0]) * entropy_loss(*arguments))
+    model = ScratchPPO("MlpPolicy", toy(), **SIZES).learn(32)
+    assert isinstance(model._engine, NumpyEngine)
+    coefficient[0] = 5.0
+    model.learn(32)
+    assert type(model._engine) is TorchEngine
+
+
 # ------------------------------------------------------------------------ a loss of one's own
+
+
+def test_a_loss_may_be_a_method_and_its_parts_of_one_element(capsys: pytest.CaptureFixture[str]) -> None:
+    class Method(ScratchPPO):
+        def loss(self, outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:  # type: ignore[override]
+            plain = minibatch_loss(outputs, batch, config)
+            return plain._replace(total=plain.total.double().reshape(1), entropy=plain.entropy.reshape(1, 1))
+
+    model = Method("MlpPolicy", toy(), verbose=1, **SIZES).learn(64)
+    assert capsys.readouterr().out.count("Using the engine") == 1
+    plain = ScratchPPO("MlpPolicy", toy(), engine="torch", **SIZES).learn(64)
+    th.testing.assert_close(weights(model), weights(plain))
+    assert model.logger.name_to_value["train/loss"] == pytest.approx(plain.logger.name_to_value["train/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -262,3 +330,42 @@ def test_extras_have_one_set_of_names_per_rollout() -> None:
 
     with pytest.raises(ValueError, match=r"extras must be \['a'\] in every step of a rollout, not \['b'\]"):
         Forgetful("MlpPolicy", toy(), **SIZES).learn(32)
+
+
+class Changing(ScratchPPO):
+    """Extras that begin as integers, and as vectors of other lengths in the second rollout."""
+
+    kinds: set[tuple[Any, ...]]
+
+    def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+        cost = 0 if self.num_timesteps == 2 else 0.5  # as info.get("cost", 0) is
+        return {"cost": np.array([cost] * len(infos)), "vector": th.ones(len(infos), 2 if self.num_timesteps <= 32 else 3)}
+
+    @staticmethod
+    def loss(outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:
+        cost, vector = batch.extras["cost"], batch.extras["vector"]
+        Changing.kinds.add((cost.dtype, *cost.unique().tolist(), vector.dtype, vector.shape[1], vector.sum().item()))
+        return minibatch_loss(outputs, batch, config)
+
+
+def test_extras_are_not_rounded_to_the_first_steps_type() -> None:
+    Changing.kinds = set()
+    Changing("MlpPolicy", toy(), **{**SIZES, "batch_size": 32}).learn(64)
+    assert Changing.kinds == {(th.float64, 0.0, 0.5, th.float32, 2, 64.0), (th.float64, 0.5, th.float32, 3, 96.0)}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, r"extras\['a'\] must have shape \[n_envs, ...\] \(n_envs=2\), not \[\]"),
+        (np.zeros((1, 2)), r"not \[1, 2\]"),
+        (["x", "y"], r"extras\['a'\] must be numbers, not of dtype <U1"),
+    ],
+)
+def test_extras_are_numbers_per_environment(value: Any, message: str) -> None:
+    class Wrong(ScratchPPO):
+        def row_extras(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+            return {"a": value}
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        Wrong("MlpPolicy", toy(), **SIZES).learn(32)

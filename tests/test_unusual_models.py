@@ -100,3 +100,29 @@ CHANGES: dict[str, Change] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_changed_models(change: Change) -> None:
     assert_equal_after(change)
+
+
+class OwnDistribution(ActorCriticPolicy):
+    """Has no use for SB3's ``action_dist``, which stays as it was built."""
+
+    def _categorical(self, obs: Any) -> tuple[th.distributions.Categorical, th.Tensor]:
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        return th.distributions.Categorical(logits=self.action_net(latent_pi)), self.value_net(latent_vf)
+
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        distribution, values = self._categorical(obs)
+        actions = distribution.sample()
+        return actions, values, distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        distribution, values = self._categorical(obs)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+
+def test_a_policy_with_a_distribution_of_its_own() -> None:
+    ends = []
+    for algorithm, kwargs in ((PPO, {}), (ScratchPPO, {"engine": "torch"})):
+        model = algorithm(OwnDistribution, make_vec_env("CartPole-v1", 2, seed=5), n_steps=32, seed=3, device="cpu", **kwargs)
+        ends.append(model.learn(192))
+    assert_same_model(ends[1], ends[0])
+    assert "train/kl" not in ends[1].logger.name_to_value

@@ -38,6 +38,8 @@ def modified_reason(policy: ActorCriticPolicy, built_ins: tuple[type[nn.Module],
         for key, parameter in module._parameters.items():
             if parameter is not None and (reason := _parameter_reason(parameter, optimized, seen)):
                 return f"{reason} {f'{name}.{key}'.lstrip('.')}"
+    if len({parameter.data_ptr() for parameter in policy.parameters()}) < len(seen):
+        return "some parameters share their memory"
     return "the optimizer has other parameters than the policy's" if len(optimized) > len(seen) else None
 
 
@@ -70,7 +72,7 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
     return None
 
 
-def replaced_method(module: nn.Module) -> str | None:
+def replaced_method(module: object) -> str | None:
     """A method of this very object that is not its class's."""
     return next((name for name in vars(module) if callable(getattr(type(module), name, None))), None)
 
@@ -109,25 +111,29 @@ class Fingerprint:
     """
     Notices cheaply (in about 3 microseconds for an ``MlpPolicy``) that something about a policy *may* have changed.
 
-    It compares identities and counts: which modules and parameters there are, where the parameters lie, how many hooks and
-    attributes there are. What is changed within the parameters' memory needs no notice: whoever computes there sees it.
+    It compares identities and counts: which modules and parameters there are, and of which classes; where the parameters lie;
+    how many hooks and attributes there are; and the attributes that are floats, as a slope is. What is changed within the
+    parameters' memory needs no notice: whoever computes there sees it.
 
     :param policy: to watch
     """
 
     def __init__(self, policy: nn.Module):
-        modules = list(policy.modules())
+        self._modules = modules = list(policy.modules())  # kept, so that no other module gets the identity of one of them
         self._parameters = list(policy.parameters())
         self._registered: list[dict[str, Any]] = [d for module in modules for d in (module._modules, module._parameters) if d]
         self._counted: list[dict[Any, Any]] = [vars(module) for module in modules]
         for module in modules:
             self._counted += [vars(module)[name] for name in _HOOKS]
+        self._floats = [(vars(module), name) for module in modules for name, x in vars(module).items() if type(x) is float]
         self._before = self._take()
 
     def _take(self) -> tuple[Any, ...]:
         return (
             [*map(id, chain.from_iterable(registered.values() for registered in self._registered))],
             [*map(th.Tensor.data_ptr, self._parameters)],
+            [*map(type, self._modules)],
+            [attributes.get(name) for attributes, name in self._floats],
             sum(map(len, self._counted)),
             nn.modules.module._has_any_global_hook(),
         )

@@ -125,8 +125,7 @@ class ChannelsLastEngine(HeadsEngine):
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         super().__init__(policy, precision, loss)
-        # bounds of every pixel are compared to find this out
-        self._divisor = 255.0 if policy.normalize_images and is_image_space(policy.observation_space) else 1.0
+        self._are_images = is_image_space(policy.observation_space)  # bounds of every pixel are compared to find this out
 
     @classmethod
     @override
@@ -136,6 +135,8 @@ class ChannelsLastEngine(HeadsEngine):
             return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
         if name := replaced_method(policy):
             return f"the policy's {name} was replaced"
+        if has_hooks(policy):
+            return "there are hooks on the policy or on all modules"
         if not policy.share_features_extractor or not is_as_built(policy.features_extractor):
             return "the features extractor must be SB3's NatureCNN without hooks, shared by actor and critic"
         if any(parameter.device.type != "cpu" or parameter.dtype != th.float32 for parameter in policy.parameters()):
@@ -146,7 +147,8 @@ class ChannelsLastEngine(HeadsEngine):
     def heads(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
         assert isinstance(obs, th.Tensor)  # a NatureCNN's are
         frames = obs.to(_DTYPES[self.precision], memory_format=th.channels_last)
-        features = nature_features(self.policy.features_extractor, frames, self._divisor).float()  # type: ignore[arg-type]
+        divisor = 255.0 if self.policy.normalize_images and self._are_images else 1.0
+        features = nature_features(self.policy.features_extractor, frames, divisor).float()  # type: ignore[arg-type]
         latent_pi, latent_vf = self.policy.mlp_extractor(features)
         return self.policy.value_net(latent_vf), self.policy._get_action_dist_from_latent(latent_pi)
 

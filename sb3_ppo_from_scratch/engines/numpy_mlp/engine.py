@@ -28,7 +28,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
-from sb3_ppo_from_scratch.engines.inspection import Fingerprint
+from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
@@ -66,24 +66,24 @@ class NumpyEngine(Engine):
     def begin_rollout(self) -> None:
         known = self.is_unchanged() and self._optimizer is self.policy.optimizer
         if not (known and self.flat.is_current() and self.adam.is_current()):
+            self.release()
             self._attach()
 
     @override
     def objection(self) -> str | None:
         if not self.is_unchanged():
             return super().objection()
-        return self.loss_reason(self.loss) or support.optimizer_reason(self.policy.optimizer)
+        return self.loss_reason(self.loss) or support.optimizer_reason(self.policy.optimizer, self.flat.parameters)
 
     @override
     def is_unchanged(self) -> bool:
-        return self._fingerprint.is_same() and self.policy.action_dist is self._distribution
+        distribution = self.policy.action_dist
+        return self._fingerprint.is_same() and distribution is self._distribution and replaced_method(distribution) is None
 
     @override
     def release(self) -> None:
-        if self.flat.is_current():
-            self.flat.release()
-        if self.adam.is_current():
-            self.adam.release()
+        self.flat.release()
+        self.adam.release()
 
     def _attach(self) -> None:
         """Lay the parameters and the optimizer's state side by side, and build the network on them."""
@@ -154,5 +154,7 @@ class NumpyEngine(Engine):
         self.flat.publish_gradient()
         # numbers overflow in silence, as in torch
         with np.errstate(all="ignore"), single_threaded(config.batch_size * self.network.largest_layer):
-            yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
-        self.network.forget()
+            try:
+                yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
+            finally:
+                self.network.forget()

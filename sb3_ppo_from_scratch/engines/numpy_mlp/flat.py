@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -44,8 +45,18 @@ class FlatParameters:
         return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
 
     def release(self) -> None:
-        """Put the parameters back where they were, with the values and gradients that they have now."""
-        for parameter, home in zip(self.parameters, self._homes, strict=True):
+        """
+        Put the parameters that lie here back where they were, with the values and gradients that they have now.
+
+        If the user has let one of them share another's memory, they all stay, and go on sharing it.
+        """
+        here = self._vector.untyped_storage().data_ptr()
+        for parameter, address in zip(self.parameters, self._addresses, strict=True):
+            if parameter.data_ptr() != address and parameter.untyped_storage().data_ptr() == here:
+                return
+        for parameter, home, address in zip(self.parameters, self._homes, self._addresses, strict=True):
+            if parameter.data_ptr() != address:
+                continue
             home.copy_(parameter.data)
             parameter.data = home
             if parameter.grad is not None:
@@ -93,18 +104,21 @@ class FlatAdam:
 
     def is_current(self) -> bool:
         """Whether the optimizer's state is still this one; ``load_state_dict`` replaces it."""
-        state, group = self.optimizer.state, self.optimizer.param_groups[0]
+        group = self.optimizer.param_groups[0]
         return ("max_exp_avg_sq" in self.moments) == group["amsgrad"] and all(
-            key in state[parameter] and state[parameter][key] is view
-            for parameter, views in zip(self.flat.parameters, self._views, strict=True)
-            for key, view in views.items()
+            state.get(key) is view for state, views in self._states() for key, view in views.items()
         )
+
+    def _states(self) -> list[tuple[dict[str, Any], dict[str, th.Tensor]]]:
+        """What the optimizer remembers of each parameter, and what it was given; to look it up would make it remember."""
+        state: Any = self.optimizer.state
+        states = [state.get(parameter, {}) for parameter in self.flat.parameters]
+        return list(zip(states, self._views, strict=True))
 
     def release(self) -> None:
         """Leave the optimizer a state of its own."""
-        for parameter in self.flat.parameters:
-            state = self.optimizer.state[parameter]
-            state.update({key: value.clone() for key, value in state.items()})
+        for state, views in self._states():
+            state.update({key: view.clone() for key, view in views.items() if state.get(key) is view})
 
     def _adopt_state(self) -> None:
         """Copy what the optimizer remembers, and give it our views in return; before its first step that is nothing."""

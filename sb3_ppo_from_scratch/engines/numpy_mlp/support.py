@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from sb3_ppo_from_scratch import losses, update
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
@@ -43,17 +43,25 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
         return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
-    return modified_reason(policy, _BUILT_INS) or _structure_reason(policy) or optimizer_reason(policy.optimizer)
-
-
-def optimizer_reason(optimizer: th.optim.Optimizer) -> str | None:
-    """What is not computed by hand about an optimizer of just the policy's parameters, or about these; asked often."""
-    if reason := adam_reason(optimizer):
+    if name := replaced_method(policy.action_dist):
+        return f"the action distribution's {name} was replaced"
+    if reason := modified_reason(policy, _BUILT_INS) or _structure_reason(policy):
         return reason
-    parameters = optimizer.param_groups[0]["params"]
+    return optimizer_reason(policy.optimizer, list(policy.parameters()))
+
+
+def optimizer_reason(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tensor]) -> str | None:
+    """
+    What is not computed by hand about an optimizer, or about the parameters it has; asked often.
+
+    :param optimizer: a policy's
+    :param parameters: all of the policy's
+    """
+    if reason := adam_reason(optimizer, parameters):
+        return reason
     if not all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in parameters):
         return "some parameters are frozen, or have hooks"
-    steps = {optimizer.state[p]["step"].item() if p in optimizer.state else 0.0 for p in parameters}
+    steps = {float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}
     return None if len(steps) == 1 else "some parameters have taken more optimizer steps than others"
 
 
@@ -119,8 +127,16 @@ def layers_of(policy: ActorCriticPolicy) -> Layers:
 
 _PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
     update: ("minibatch_loss", "normalize_advantages", "ppo_loss"),
-    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean"),
+    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean", "approx_kl", "clip_fraction"),
 }
+
+
+def _parts_of_the_loss() -> list[tuple[Any, Any]]:
+    functions = [getattr(module, name) for module, names in _PARTS_OF_THE_LOSS.items() for name in names]
+    return [(function, getattr(function, "__code__", None)) for function in functions]
+
+
+_AS_IMPORTED = _parts_of_the_loss()
 
 
 def loss_reason(loss: Loss) -> str | None:
@@ -128,26 +144,36 @@ def loss_reason(loss: Loss) -> str | None:
     Why the gradient by hand is not that of ``loss``; ``None`` if it is.
 
     The functions of :mod:`sb3_ppo_from_scratch.losses` are there to be changed. Whether they still say what is computed
-    here is not believed but tried, on a few rows, whenever one of them is another than before.
+    here is not believed but tried, on a few rows: once, or each time if one of them has been replaced, for what that one
+    computes may depend on anything.
     """
     if loss is not minibatch_loss:
         return f"it computes PPO's own loss by hand, not {getattr(loss, '__name__', loss)}"
-    functions = [getattr(module, name) for module, names in _PARTS_OF_THE_LOSS.items() for name in names]
-    if not _agrees(tuple((function, getattr(function, "__code__", None)) for function in functions)):
+    if not (_agrees_as_imported() if _parts_of_the_loss() == _AS_IMPORTED else _agrees()):
         return "it computes PPO's own loss by hand, and a function of losses.py or advantages.py was changed"
     return None
 
 
-@lru_cache(maxsize=8)
-def _agrees(functions: tuple[tuple[Callable[..., Any], Any], ...]) -> bool:
-    """Whether the loss and its gradient by hand are those of autograd; ``functions`` are what that depends on."""
+@cache
+def _agrees_as_imported() -> bool:
+    return _agrees()
+
+
+def _agrees() -> bool:
+    """Whether the loss and its gradient by hand are those of autograd; a function that fails on the rows does not agree."""
     config = UpdateConfig(8, 1, 0.2, None, True, 0.01, 0.5, 0.5, None)
     clipped = UpdateConfig(8, 1, 0.1, 0.3, False, 0.0, 0.7, 0.5, None)
-    return all(_agrees_on(each) for each in (config, clipped))
+    try:
+        return all(_agrees_on(each, spread) for each in (config, clipped) for spread in (1.0, 10.0))
+    except Exception:  # noqa: BLE001  # whatever a function of the user's raises
+        return False
 
 
-def _agrees_on(config: UpdateConfig) -> bool:
-    log_prob, values, entropy, old_values, noise, advantages, returns = np.random.default_rng(0).normal(size=(7, 32))
+def _agrees_on(config: UpdateConfig, spread: float) -> bool:
+    """:param spread: how far the rows lie apart: some functions are others far out only, as a Huber loss is"""
+    rows = np.random.default_rng(0).normal(size=(7, 32))
+    log_prob, entropy = rows[:2]
+    values, old_values, noise, advantages, returns = spread * rows[2:]
     old_log_prob, none = log_prob + 0.3 * noise, noise[:, None]  # neither observations nor actions matter
     batch = Batch(none, none, old_values, old_log_prob, advantages, returns)
     prepared = batch._replace(advantages=normalized(advantages) if config.normalize_advantage else advantages)

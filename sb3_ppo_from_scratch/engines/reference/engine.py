@@ -79,10 +79,12 @@ class TorchEngine(Engine):
     @override
     @contextmanager
     def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[RolloutData]]:
-        with UncheckedDistributions():
-            yield TorchLearner(self, self.minibatches_of(buffer), config)
-        if self.distribution is not None:
-            drop_graph(self.distribution)
+        try:
+            with UncheckedDistributions():
+                yield TorchLearner(self, self.minibatches_of(buffer), config)
+        finally:
+            if self.distribution is not None:
+                drop_graph(self.distribution)
 
     def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """How to draw an epoch's minibatches from ``buffer``."""
