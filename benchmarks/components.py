@@ -119,7 +119,7 @@ def optimizers(policy: ActorCriticPolicy, n_steps: int) -> dict[str, Callable[[]
         with fused_adam(policy.optimizer):
             steps()
 
-    return {"SB3 PPO, and torch": steps, "channels_last": fused}
+    return {"SB3 PPO": steps, "channels_last": fused}
 
 
 def measure(case: Case, threads: int, rounds: int) -> Timings:

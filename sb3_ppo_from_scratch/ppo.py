@@ -61,6 +61,8 @@ from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_obs
 
 __all__ = ["ScratchPPO"]
 
+_EVERY_FORMAT = ("stdout", "log", "json", "csv", "tensorboard")
+
 SelfScratchPPO = TypeVar("SelfScratchPPO", bound="ScratchPPO")
 
 
@@ -442,10 +444,6 @@ class ScratchPPO(RolloutAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
-        if getattr(self.env.unwrapped, "closed", False):
-            raise ValueError(
-                "env is closed, or its processes were ended with a run that failed: make it anew and call set_env(env)"
-            )
         self._check_trainable()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
@@ -503,6 +501,7 @@ class ScratchPPO(RolloutAlgorithm):
             print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
         for key in self._train_metrics:  # the last update's, kept readable by dump_logs
             self.logger.name_to_value.pop(key, None)
+            self.logger.name_to_excluded.pop(key, None)
         metrics = self._metrics(stats, config)
         for key, value in metrics.items():
             self.logger.record(key, value)
@@ -527,12 +526,13 @@ class ScratchPPO(RolloutAlgorithm):
     def dump_logs(self, iteration: int = 0) -> None:
         """
         Write the log. Afterwards ``logger.name_to_value`` still has the last update's metrics, as callbacks of SB3's PPO find
-        them there in the next rollout (SB3 issue 784).
+        them there in the next rollout (SB3 issue 784); whoever writes the log meanwhile leaves them out.
 
         :param iteration: number of rollouts so far
         """
         super().dump_logs(iteration)
         self.logger.name_to_value.update(self._train_metrics)
+        self.logger.name_to_excluded.update(dict.fromkeys(self._train_metrics, _EVERY_FORMAT))
 
     def _report_skipped(self, stats: UpdateStats) -> None:
         if stats.skipped > 0 and not self._warned_of_skipped:

@@ -27,7 +27,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, UnsafeFileError, has_checkpoint
+from sb3_ppo_from_scratch import EnvFailedError, ResumableCheckpoint, ScratchPPO, UnsafeFileError, has_checkpoint
 from sb3_ppo_from_scratch.checkpoint import run_state
 from sb3_ppo_from_scratch.checkpoint.files import CorruptCheckpointError, checkpoint_files, read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain, pack, unpack
@@ -763,7 +763,7 @@ def test_a_step_that_was_interrupted_leaves_no_processes_out_of_step(capfd: pyte
     with pytest.raises(KeyboardInterrupt):
         model.learn(TOTAL)
     assert "make the environments anew" in capfd.readouterr().err
-    with pytest.raises(ValueError, match=r"env is closed.*set_env"):
+    with pytest.raises(EnvFailedError, match=r"is closed: make it anew.*set_env"):
         model.learn(TOTAL)
     model.set_env(cartpole())
     model.learn(32)

@@ -67,7 +67,7 @@ def normalized(logs):
     """The folder of a run with VecNormalize, in processes of its own, with everything that ``train`` can write."""
     options = ("--save-freq", 128, "--eval-freq", 128, "--eval-episodes", 1, "--vec-env", "subproc", "--progress", "-tb", "tb")
     printed = zoo("train", *CARTPOLE, "-n", 256, "-f", logs / "vec", *options, *ENGINE, "n_envs:2", "normalize:True", cwd=logs)
-    assert "Using the torch engine" in printed
+    assert "Using the engine torch" in printed
     return logs / "vec" / "scratch_ppo" / "CartPole-v1_1"
 
 

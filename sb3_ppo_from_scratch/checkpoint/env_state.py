@@ -257,8 +257,9 @@ def _unpack(data: bytes) -> tuple[list[str], bytes]:
 
 
 def level_names(levels: Sequence[Any]) -> list[str]:
-    """The classes of levels: what must be the same to put a state into them."""
-    return [f"{type(level).__module__}.{type(level).__qualname__}" for level in levels]
+    """The classes of levels, which must be the same to put a state into them; what stands in for a library's counts as that."""
+    kinds = [getattr(type(level), "stands_in_for", type(level)) for level in levels]
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
 def _what_fails(levels: list[Any], anchors: dict[Key, Any]) -> str | None:

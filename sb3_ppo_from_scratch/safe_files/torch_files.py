@@ -81,6 +81,4 @@ def _check_plain(value: Any, left: list[int], depth: int = 0) -> None:
         for item in value:
             _check_plain(item, left, depth + 1)
     elif not (value is None or isinstance(value, bool | int | float | str | bytes | th.Tensor | th.dtype | th.device)):
-        raise UnsafeFileError(
-            f"it holds {name_of(value)}: only tensors and plain data are read, no save writes anything else. Nothing was run"
-        )
+        raise Refused(name_of(value), "only tensors and plain data are read, no save writes anything else")
