@@ -257,7 +257,7 @@ def _unpack(data: bytes) -> tuple[list[str], bytes]:
 
 
 def level_names(levels: Sequence[Any]) -> list[str]:
-    """The classes of levels, which must be the same to put a state into them; what stands in for a library's counts as that."""
+    """The classes of levels, the same where a state is put into them; what stands in for a library's counts as that."""
     kinds = [getattr(type(level), "stands_in_for", type(level)) for level in levels]
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
