@@ -501,11 +501,13 @@ class ScratchPPO(RolloutAlgorithm):
             print(f"Update ended in epoch {stats.epochs} of {config.n_epochs}: KL above 1.5 * target_kl={self.target_kl}")
         for key in self._train_metrics:  # the last update's, kept readable by dump_logs
             self.logger.name_to_value.pop(key, None)
-        metrics = self._metrics(stats, config)
-        for key, value in metrics.items():
-            self.logger.record(key, value)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self._train_metrics = {**metrics, "train/n_updates": self._n_updates}
+            self.logger.name_to_excluded.pop(key, None)
+        self._train_metrics = {**self._metrics(stats, config), "train/n_updates": self._n_updates}
+        self._record_train_metrics()
+
+    def _record_train_metrics(self) -> None:
+        for key, value in self._train_metrics.items():
+            self.logger.record(key, value, exclude="tensorboard" if key == "train/n_updates" else None)
 
     def _metrics(self, stats: UpdateStats, config: UpdateConfig) -> dict[str, Any]:
         buffer = self.rollout_buffer
@@ -530,7 +532,7 @@ class ScratchPPO(RolloutAlgorithm):
         :param iteration: number of rollouts so far
         """
         super().dump_logs(iteration)
-        self.logger.name_to_value.update(self._train_metrics)
+        self._record_train_metrics()  # with what each is excluded from: a callback may write a row in between
 
     def _report_skipped(self, stats: UpdateStats) -> None:
         if stats.skipped > 0 and not self._warned_of_skipped:

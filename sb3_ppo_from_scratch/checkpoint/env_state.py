@@ -12,10 +12,9 @@ import contextlib
 import inspect
 import io
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_from_scratch.checkpoint.log_files import rewrite_file
 from sb3_ppo_from_scratch.checkpoint.own_objects import Own, WorldUnpickler
 from sb3_ppo_from_scratch.checkpoint.plain_data import pack, unpack
 from sb3_ppo_from_scratch.errors import UnsafeFileError
@@ -39,10 +39,9 @@ __all__ = [
     "inner_worlds",
     "level_names",
     "put_attributes",
-    "read_file",
     "restore",
-    "rewrite_file",
     "why_unreadable",
+    "written_files",
 ]
 
 _WORLDS = (gym.Env, gym.vector.VectorEnv)
@@ -80,22 +79,6 @@ class _Kind(NamedTuple):
     set: Callable[[Any, Any], None]
 
 
-def read_file(file: Any) -> bytes:
-    """All that an open text file holds."""
-    file.flush()
-    return Path(file.name).read_bytes()
-
-
-def rewrite_file(file: Any, content: bytes) -> None:
-    """Replace all that an open text file holds, and go on at its end."""
-    file.flush()
-    file.seek(0)
-    file.truncate()
-    file.buffer.write(content)
-    file.flush()
-    file.seek(0, os.SEEK_END)
-
-
 def _subspaces(space: spaces.Space) -> Iterator[spaces.Space]:
     yield space
     for value in vars(space).values():
@@ -122,8 +105,14 @@ def _set_emulator(ale: Any, state: bytes) -> None:
     ale.restoreState(ALEState(state))
 
 
+def _rewrite(writer: ResultsWriter, content: bytes | None) -> None:
+    """Earlier formats held what the file did; now ``log_files`` sees to it."""
+    if content is not None:
+        rewrite_file(writer.file_handler, content)
+
+
 _SPACE = _Kind(_space_generators, _set_space_generators)
-_WRITER = _Kind(lambda writer: read_file(writer.file_handler), lambda writer, text: rewrite_file(writer.file_handler, text))
+_WRITER = _Kind(lambda writer: None, _rewrite)
 _EMULATOR = _Kind(lambda ale: ale.cloneState(include_rng=True).serialize(), _set_emulator)
 
 
@@ -181,6 +170,12 @@ def _attributes(level: Any) -> dict[str, Any]:
 def _keeps_own_state(level: Any) -> bool:
     kind = type(level)  # a wrapper would answer with the attributes of what it wraps
     return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
+
+
+def written_files(root: Any) -> dict[str, Any]:
+    """The open files into which monitors of a world, or of one level of a ``VecEnv``, write; named by level and attribute."""
+    found = ((index, name, value) for index, level in enumerate(_levels(root)) for name, value in vars(level).items())
+    return {f"{index}.{name}": value.file_handler for index, name, value in found if isinstance(value, ResultsWriter)}
 
 
 class _Pickler(pickle.Pickler):
