@@ -13,6 +13,7 @@ import inspect
 import io
 import logging
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -60,6 +61,7 @@ _ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _INFOS = frozenset({"buf_infos", "reset_infos"})  # of the last step; they may hold anything, and nothing follows from them
 _ANCHOR = (__name__, "_anchor")
+_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\._\w+$")
 
 Key = tuple[int, str]
 """Where an object is found in a world: its level's index, and the attribute's name (empty for the level itself)."""
@@ -253,7 +255,14 @@ def _unpack(data: bytes) -> tuple[list[str], bytes]:
 
 def level_names(levels: Sequence[Any]) -> list[str]:
     """The classes of levels: what must be the same to put a state into them."""
-    return [f"{type(level).__module__}.{type(level).__qualname__}" for level in levels]
+    return [_class_names(level)[-1] for level in levels]
+
+
+def _class_names(level: Any) -> list[str]:
+    """A level's class; and if it is one that ``vec_env`` has put in the place of SB3's or Gymnasium's, theirs."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(level).__mro__]
+    n_ours = next(i for i, name in enumerate(names) if not _IN_PLACE.match(name))
+    return names[: n_ours + 1]
 
 
 def _what_fails(levels: list[Any], anchors: dict[Key, Any]) -> str | None:
@@ -297,7 +306,7 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     anchors = _anchors(levels)
     with errors_named(_FIELD, _REMEDY):
         names, content = _unpack(data)
-    if names != level_names(levels):
+    if len(names) != len(levels) or any(name not in _class_names(each) for name, each in zip(names, levels, strict=True)):
         raise ValueError(f"env must be made as the checkpoint's was, of {_shown_names(names)}, not of {level_names(levels)}")
     if trust:
         state, in_place = _TrustingUnpickler(content, anchors).load()
