@@ -8,6 +8,7 @@ tell whose it is.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -76,9 +77,9 @@ def keep(file: Any, copy: Path) -> Mark | None:
     """
     Mark how far an open file is, and add to its copy what is new in it.
 
-    :return: ``None`` if that cannot be read or written: a log that is lost does not make the run wrong
+    :return: ``None`` if it is closed, or cannot be read or copied: a log that is lost does not make the run wrong
     """
-    try:
+    with contextlib.suppress(OSError, ValueError):
         file.flush()
         path = Path(file.name)
         size = path.stat().st_size
@@ -86,8 +87,7 @@ def keep(file: Any, copy: Path) -> Mark | None:
         copy.touch()
         _bring_up_to(copy, path, size)
         return {"size": size, "digest": hashlib.sha256(_tail(path, size)).digest()}
-    except OSError:
-        return None
+    return None
 
 
 def _bring_up_to(copy: Path, path: Path, size: int) -> None:
@@ -139,11 +139,12 @@ def put_all_back(files: dict[str, Any], marks: dict[str, Mark | None], folder: P
         may go on there. ``None`` if it is where it was
     :return: the paths of those that do not hold what they should
     """
-    return [
-        files[name].name
-        for name, mark in marks.items()
-        if name in files and not _put_back(files[name], mark, folder / name, own)
-    ]
+    put_back = set()
+    for name in files.keys() & marks.keys():
+        with contextlib.suppress(OSError, ValueError):  # as in keep
+            if _put_back(files[name], marks[name], folder / name, own):
+                put_back.add(name)
+    return [files[name].name for name in marks if name in files and name not in put_back]
 
 
 def _put_back(file: Any, mark: Mark | None, copy: Path, own: Path | None) -> bool:

@@ -79,7 +79,7 @@ def capture_run(
     model.save(saved_model)
     assert model.env is not None  # training has one
     trial = _FIRST if known is None else _LATER
-    copies = folder / LOGS
+    copies = folder.resolve() / LOGS  # other processes may stand elsewhere
     env = {**capture_vec_env(model.env, trial if try_out else None), "files": keep_files(model.env, copies)}
     if known is not None:
         env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
