@@ -502,7 +502,7 @@ def test_an_unknown_format_version_is_refused(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[16] = 77
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"format version 77.*reads version 2 and before"):
+    with pytest.raises(ValueError, match=r"format version 77.*reads version 3 and before"):
         ScratchPPO.resume(file, cartpole())
 
 

@@ -12,10 +12,10 @@ import contextlib
 import inspect
 import io
 import logging
-import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_from_scratch.checkpoint.log_files import rewrite_file
 from sb3_ppo_from_scratch.checkpoint.own_objects import Own, WorldUnpickler
 from sb3_ppo_from_scratch.checkpoint.plain_data import pack, unpack
 from sb3_ppo_from_scratch.errors import UnsafeFileError
@@ -39,10 +40,9 @@ __all__ = [
     "inner_worlds",
     "level_names",
     "put_attributes",
-    "read_file",
     "restore",
-    "rewrite_file",
     "why_unreadable",
+    "written_files",
 ]
 
 _WORLDS = (gym.Env, gym.vector.VectorEnv)
@@ -61,6 +61,7 @@ _ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _INFOS = frozenset({"buf_infos", "reset_infos"})  # of the last step; they may hold anything, and nothing follows from them
 _ANCHOR = (__name__, "_anchor")
+_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\._\w+$")
 
 Key = tuple[int, str]
 """Where an object is found in a world: its level's index, and the attribute's name (empty for the level itself)."""
@@ -78,22 +79,6 @@ class _Kind(NamedTuple):
 
     get: Callable[[Any], Any]
     set: Callable[[Any, Any], None]
-
-
-def read_file(file: Any) -> bytes:
-    """All that an open text file holds."""
-    file.flush()
-    return Path(file.name).read_bytes()
-
-
-def rewrite_file(file: Any, content: bytes) -> None:
-    """Replace all that an open text file holds, and go on at its end."""
-    file.flush()
-    file.seek(0)
-    file.truncate()
-    file.buffer.write(content)
-    file.flush()
-    file.seek(0, os.SEEK_END)
 
 
 def _subspaces(space: spaces.Space) -> Iterator[spaces.Space]:
@@ -122,8 +107,14 @@ def _set_emulator(ale: Any, state: bytes) -> None:
     ale.restoreState(ALEState(state))
 
 
+def _rewrite(writer: ResultsWriter, content: bytes | None) -> None:
+    """Earlier formats held what the file did; now ``log_files`` sees to it."""
+    if content is not None:
+        rewrite_file(writer.file_handler, content)
+
+
 _SPACE = _Kind(_space_generators, _set_space_generators)
-_WRITER = _Kind(lambda writer: read_file(writer.file_handler), lambda writer, text: rewrite_file(writer.file_handler, text))
+_WRITER = _Kind(lambda writer: None, _rewrite)
 _EMULATOR = _Kind(lambda ale: ale.cloneState(include_rng=True).serialize(), _set_emulator)
 
 
@@ -181,6 +172,12 @@ def _attributes(level: Any) -> dict[str, Any]:
 def _keeps_own_state(level: Any) -> bool:
     kind = type(level)  # a wrapper would answer with the attributes of what it wraps
     return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
+
+
+def written_files(root: Any) -> dict[str, Any]:
+    """The open files into which monitors of a world, or of one level of a ``VecEnv``, write; named by level and attribute."""
+    found = ((index, name, value) for index, level in enumerate(_levels(root)) for name, value in vars(level).items())
+    return {f"{index}.{name}": value.file_handler for index, name, value in found if isinstance(value, ResultsWriter)}
 
 
 class _Pickler(pickle.Pickler):
@@ -257,9 +254,15 @@ def _unpack(data: bytes) -> tuple[list[str], bytes]:
 
 
 def level_names(levels: Sequence[Any]) -> list[str]:
-    """The classes of levels, the same where a state is put into them; what stands in for a library's counts as that."""
-    kinds = [getattr(type(level), "stands_in_for", type(level)) for level in levels]
-    return [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+    """The classes of levels: what must be the same to put a state into them."""
+    return [_class_names(level)[-1] for level in levels]
+
+
+def _class_names(level: Any) -> list[str]:
+    """A level's class; and if it is one that ``vec_env`` has put in the place of SB3's or Gymnasium's, theirs."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(level).__mro__]
+    n_ours = next(i for i, name in enumerate(names) if not _IN_PLACE.match(name))
+    return names[: n_ours + 1]
 
 
 def _what_fails(levels: list[Any], anchors: dict[Key, Any]) -> str | None:
@@ -303,7 +306,7 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     anchors = _anchors(levels)
     with errors_named(_FIELD, _REMEDY):
         names, content = _unpack(data)
-    if names != level_names(levels):
+    if len(names) != len(levels) or any(name not in _class_names(each) for name, each in zip(names, levels, strict=True)):
         raise ValueError(f"env must be made as the checkpoint's was, of {_shown_names(names)}, not of {level_names(levels)}")
     if trust:
         state, in_place = _TrustingUnpickler(content, anchors).load()

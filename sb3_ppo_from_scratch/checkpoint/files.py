@@ -16,10 +16,13 @@ from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.archive import read_bytes
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 
-__all__ = ["FORMAT_VERSION", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FORMAT_VERSION", "LOGS", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Goes up with every change that makes newer files unreadable for older versions of the package. All earlier ones are read."""
+
+LOGS = "logs"
+"""Folder beside the checkpoints for copies of the files that they do not hold."""
 
 _MAGIC = b"scratch-ppo-run\n"
 _HEADER = struct.Struct("<16sIQ32s")  # magic, format version, length of the content, its SHA-256
@@ -52,6 +55,8 @@ def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int
     files = checkpoint_files(folder)
     number = int(files[-1].name.partition("-")[0]) + 1 if files else 1
     path = folder / f"{number:08d}-{num_timesteps}-steps{_SUFFIX}"
+    for copy in (folder / LOGS).rglob("*"):
+        _sync(copy)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -62,17 +67,17 @@ def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    _sync_folder(folder)
+    _sync(folder)
     for old in [*files, path][:-keep]:
         old.unlink(missing_ok=True)
     _remove_leftovers(folder)
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    """So that the new name outlives a power cut; Windows has no such call."""
+def _sync(path: Path) -> None:
+    """So that a file, or the new names in a folder, outlive a power cut; Windows has no such call for folders."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

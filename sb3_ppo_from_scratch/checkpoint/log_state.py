@@ -22,7 +22,8 @@ from stable_baselines3.common.logger import (
     make_output_format,
 )
 
-from sb3_ppo_from_scratch.checkpoint.env_state import read_file, rewrite_file
+from sb3_ppo_from_scratch.checkpoint.files import LOGS
+from sb3_ppo_from_scratch.checkpoint.log_files import content_at, is_mark, keep, rewrite_file
 from sb3_ppo_from_scratch.checkpoint.plain_data import is_plain
 
 __all__ = ["capture_logger", "is_own_folder", "locate_logger", "make_logger", "restore_logger"]
@@ -34,11 +35,11 @@ _HEAD = 2**16
 """Bytes of a TensorBoard file that tell whose it is; it begins with the moment and the machine at which it was begun."""
 
 
-def capture_logger(logger: Logger) -> dict[str, Any]:
+def capture_logger(logger: Logger, copies: Path) -> dict[str, Any]:
     """
-    The logger's outputs and their content, and the values recorded since its last row.
+    The logger's outputs and how far their files are, and the values recorded since its last row.
 
-    Text files are kept whole, since to open them anew empties them; of TensorBoard's files their sizes, since it only adds.
+    :param copies: folder for copies of text files, since to open them anew empties them; TensorBoard only adds to its own
     """
     recorded = {key: value for key, value in logger.name_to_value.items() if is_plain(value)}
     return {
@@ -46,17 +47,15 @@ def capture_logger(logger: Logger) -> dict[str, Any]:
         "values": recorded,
         "counts": {key: count for key, count in logger.name_to_count.items() if key in recorded},
         "excluded": {key: names for key, names in logger.name_to_excluded.items() if key in recorded},
-        "formats": [_capture_format(output) for output in logger.output_formats],
+        "formats": [_capture_format(output, copies) for output in logger.output_formats],
     }
 
 
-def _capture_format(output: KVWriter) -> dict[str, Any]:
-    if isinstance(output, CSVOutputFormat):
-        return {"name": "csv", "text": read_file(output.file), "keys": list(output.keys)}
-    if isinstance(output, JSONOutputFormat):
-        return {"name": "json", "text": read_file(output.file)}
-    if isinstance(output, HumanOutputFormat):
-        return {"name": "log", "text": read_file(output.file)} if output.own_file else {"name": "stdout"}
+def _capture_format(output: KVWriter, copies: Path) -> dict[str, Any]:
+    name = _name(output)
+    if name in _FILES:
+        saved = {"name": name, "keys": list(getattr(output, "keys", []))}
+        return {**saved, "mark": keep(output.file, copies / _copy_name(saved))}  # type: ignore[attr-defined]  # these have one
     if isinstance(output, TensorBoardOutputFormat):
         folder = Path(output.writer.log_dir)
         output.writer.flush()
@@ -66,7 +65,12 @@ def _capture_format(output: KVWriter) -> dict[str, Any]:
             "sizes": {f.name: f.stat().st_size for f in _event_files(folder)},
             "heads": {f.name: _head(f, f.stat().st_size) for f in _event_files(folder)},
         }
-    return {"name": None}
+    return {"name": name}
+
+
+def _copy_name(saved: dict[str, Any]) -> str:
+    """A new key rewrites all of a CSV file, of which earlier checkpoints still need the copy."""
+    return f"{saved['name']}.{len(saved['keys'])}"
 
 
 def _event_files(folder: Path) -> list[Path]:
@@ -106,6 +110,8 @@ def locate_logger(state: dict[str, Any], saved: str | None, here: Path, more: Pa
     for each in state["formats"]:
         recorded = each.get("folder") or state["folder"]
         place = None if recorded is None else now(recorded)
+        if "mark" in each and place is not None:
+            each = _with_text(each, here / LOGS, place)
         if each["name"] not in (*_FILES, "tensorboard"):
             formats.append(each)
         elif place is not None and _may_write(each, place, own, given):
@@ -118,6 +124,16 @@ def locate_logger(state: dict[str, Any], saved: str | None, here: Path, more: Pa
             )
     folders = [each["folder"] for each in formats if each.get("folder")]
     return {**state, "folder": folders[0] if folders else None, "formats": formats, "own": str(own)}
+
+
+def _with_text(saved: dict[str, Any], copies: Path, place: Path) -> dict[str, Any]:
+    """What a file held at the checkpoint; if that is gone, it begins anew."""
+    mark, file = saved["mark"], place / _FILES[saved["name"]]
+    text = None if mark is None else content_at(mark, (copies / _copy_name(saved), file))
+    if text is not None:
+        return {**saved, "text": text}
+    warnings.warn(f"rows from before this resume are missing in {file}: no file in {copies} holds them", stacklevel=6)
+    return {**saved, "text": b"", "keys": []}
 
 
 def _may_write(saved: dict[str, Any], place: Path, own: Path, given: Path | None) -> bool:
@@ -178,7 +194,8 @@ def _check_state(state: Any) -> None:
         if not (
             isinstance(saved.get("folder", ""), str)
             and isinstance(saved.get("text", b""), bytes)
-            and ("text" in saved or saved["name"] not in _FILES)
+            and ("text" in saved or "mark" in saved or saved["name"] not in _FILES)
+            and is_mark(saved.get("mark"))
             and isinstance(sizes, dict)
             and isinstance(heads, dict)
             and heads.keys() <= sizes.keys()

@@ -9,6 +9,7 @@ the middle of one (SB3 issues 1526 and 1643).
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 import warnings
@@ -30,11 +31,18 @@ from sb3_ppo_from_scratch.checkpoint.callback_state import (
     restore_callback,
     unsaved,
 )
-from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint
+from sb3_ppo_from_scratch.checkpoint.files import LOGS, read_checkpoint
 from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, is_own_folder, locate_logger, make_logger, restore_logger
 from sb3_ppo_from_scratch.checkpoint.plain_data import pack
 from sb3_ppo_from_scratch.checkpoint.replay import generators, set_generators
-from sb3_ppo_from_scratch.checkpoint.vec_env_state import Trial, capture_vec_env, difference_after, restore_vec_env
+from sb3_ppo_from_scratch.checkpoint.vec_env_state import (
+    Trial,
+    capture_vec_env,
+    difference_after,
+    keep_files,
+    put_files_back,
+    restore_vec_env,
+)
 from sb3_ppo_from_scratch.checkpoint.whole import whole_run
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
 
@@ -71,10 +79,11 @@ def capture_run(
     model.save(saved_model)
     assert model.env is not None  # training has one
     trial = _FIRST if known is None else _LATER
-    env = capture_vec_env(model.env, trial if try_out else None)
+    copies = folder.resolve() / LOGS  # other processes may stand elsewhere
+    env = {**capture_vec_env(model.env, trial if try_out else None), "files": keep_files(model.env, copies)}
     if known is not None:
         env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
-    callbacks = [(name, _capture_callback(each, try_out)) for name, each in named_callbacks(callback)]
+    callbacks = [(name, _capture_callback(each, copies / _place(name), try_out)) for name, each in named_callbacks(callback)]
     parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
     return {
@@ -86,7 +95,7 @@ def capture_run(
         "random": _random_states(),
         "env": env,
         "callbacks": callbacks,
-        "logger": capture_logger(model.logger),
+        "logger": capture_logger(model.logger, copies),
         "folder": str(folder.resolve()),
         "problems": list(dict.fromkeys(problem for part in parts for problem in part["problems"])),
         "doubts": _doubts(parts, callback) if known is None else known.doubts,
@@ -94,10 +103,16 @@ def capture_run(
     }
 
 
-def _capture_callback(callback: BaseCallback, try_out: bool) -> dict[str, Any]:
+def _place(name: tuple[str, int]) -> str:
+    """Where the copies of a callback's files lie."""
+    return re.sub(r"[^\w.]", "_", f"{name[0]}.{name[1]}")
+
+
+def _capture_callback(callback: BaseCallback, copies: Path, try_out: bool) -> dict[str, Any]:
     # whoever evaluates begins with a reset, and may not have begun yet
     trial = Trial(0.002, again=True, reset_at=0) if try_out else None
-    return {**capture_callback(callback), "envs": {name: capture_vec_env(env, trial) for name, env in own_envs(callback)}}
+    envs = {name: {**capture_vec_env(env, trial), "files": keep_files(env, copies / name)} for name, env in own_envs(callback)}
+    return {**capture_callback(callback), "envs": envs}
 
 
 def _doubts(parts: list[dict[str, Any]], callback: BaseCallback) -> list[str]:
@@ -139,6 +154,7 @@ class Resumed:
         self._state = state
         self._trust = allow_pickle
         self._fresh = True
+        self._lost: list[str] = []
         self.folder: Path = state["here"]
         self.learn: dict[str, Any] = state["learn"]
         with errors_named(str(self.folder), "there is no way to read it"):
@@ -159,7 +175,9 @@ class Resumed:
         assert env is not None  # resume() takes one
         _set_random_states(self._state["random"])
         fresh, self._fresh = self._fresh, False
-        if _restore_env(env, self._state["env"], self._trust, fresh):
+        exact = _restore_env(env, self._state["env"], self._trust, fresh)
+        self._put_files_back(env, self._state["env"], self.folder / LOGS)
+        if exact:
             return
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
@@ -192,8 +210,20 @@ class Resumed:
             for attribute, env_state in state["envs"].items():
                 if attribute in envs:
                     _restore_env(envs[attribute], env_state, self._trust, fresh=True)
+                    self._put_files_back(envs[attribute], env_state, self.folder / LOGS / _place(name) / attribute)
         forgotten = [name.rpartition(".")[2] for (name, _), state in states.items() if state["is_needed"]]
         return [f"the run had a callback {name}, which was not given" for name in forgotten]
+
+    def _put_files_back(self, env: VecEnv, state: dict[str, Any], copies: Path) -> None:
+        moved = self._state["folder"] != str(self.folder)
+        lost = put_files_back(env, state["files"], copies, self.folder.parent if moved else None)
+        if new := [path for path in lost if path not in self._lost]:
+            self._lost += new
+            warnings.warn(
+                f"episodes from before this resume are missing in {', '.join(new)}: neither the file nor its copy in {copies} "
+                "holds what this run had written at the checkpoint; new ones are added to what is there",
+                stacklevel=4,
+            )
 
     def make_logger(self) -> Logger:
         """A logger with the outputs that the run had."""

@@ -6,13 +6,15 @@ import contextlib
 import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_ppo_from_scratch.checkpoint.env_state import capture, inner_worlds, level_names, restore
+from sb3_ppo_from_scratch.checkpoint.env_state import capture, inner_worlds, level_names, restore, written_files
+from sb3_ppo_from_scratch.checkpoint.log_files import Mark, keep_all, put_all_back
 from sb3_ppo_from_scratch.checkpoint.replay import (
     CANNOT_FORK,
     ForkError,
@@ -23,7 +25,7 @@ from sb3_ppo_from_scratch.checkpoint.replay import (
     trace,
 )
 
-__all__ = ["Trial", "capture_vec_env", "difference_after", "restore_vec_env"]
+__all__ = ["Trial", "capture_vec_env", "difference_after", "keep_files", "put_files_back", "restore_vec_env"]
 
 _HIDDEN = (
     "put back, it does not do again what it did: some of its state is not in its attributes, but in a closure, a class, a "
@@ -59,9 +61,13 @@ class _Installer:
 def _install() -> str:
     # Ctrl-C goes to all processes of a terminal; the one that trains will end its workers once it has finished its iteration
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name, function in (("capture", _capture_here), ("restore", _restore_here), ("trace", _trace_here)):
-        setattr(gym.Env, f"scratch_ppo_{name}", function)
+    for function in (_capture_here, _restore_here, _trace_here, _keep_here, _put_back_here):
+        setattr(gym.Env, _method_of(function), function)
     return "scratch_ppo_capture"
+
+
+def _method_of(function: Callable[..., Any]) -> str:
+    return f"scratch_ppo{function.__name__.removesuffix('_here')}"
 
 
 def _capture_here(env: gym.Env, trial: Trial | None) -> tuple[bytes | None, str, Any, Any, list[str]]:
@@ -90,6 +96,14 @@ def _restore_here(env: gym.Env, data: bytes | None, own: dict[str, Any] | None, 
 
 def _trace_here(env: gym.Env, trial: Trial) -> Any:
     return _tried_out(_as_vec_env(env), None, trial)[0]
+
+
+def _keep_here(world: Any, copies: Path) -> dict[str, Mark | None]:
+    return keep_all(written_files(world), copies)
+
+
+def _put_back_here(world: Any, marks: dict[str, Mark | None], copies: Path, own: Path | None) -> list[str]:
+    return put_all_back(written_files(world), marks, copies, own)
 
 
 def _state_or_reason(level: Any) -> tuple[bytes | None, str]:
@@ -322,6 +336,48 @@ def _restore_workers(base: SubprocVecEnv, state: dict[str, Any], trust: bool) ->
         (error,) = base.env_method("scratch_ppo_restore", *arguments, trust, indices=index)
         if error is not None:
             raise error
+
+
+# ------------------------------------------------------- the files that monitors write
+
+
+def keep_files(env: VecEnv, copies: Path) -> dict[str, dict[str, Mark | None]]:
+    """
+    Mark how far the files of a ``VecEnv``'s monitors are, those of other processes too, and bring their copies up to it.
+
+    :param copies: folder for the copies
+    :return: marks, by level or world
+    """
+    marks = _of_each(env, _keep_here, lambda place: (copies / place,))
+    return {place: found for place, found in marks.items() if found}
+
+
+def put_files_back(env: VecEnv, marks: dict[str, Any], copies: Path, own: Path | None) -> list[str]:
+    """
+    Let the files of a ``VecEnv``'s monitors hold what they did.
+
+    :param marks: of :func:`keep_files`
+    :param copies: folder of the copies
+    :param own: see ``put_all_back``
+    :return: the paths of those that do not
+    """
+    lost = _of_each(env, _put_back_here, lambda place: (marks.get(place, {}), copies / place, own))
+    return [path for paths in lost.values() for path in paths]
+
+
+def _of_each(env: VecEnv, function: Callable[..., Any], arguments: Callable[[str], tuple[Any, ...]]) -> dict[str, Any]:
+    """What a function says of each level and each world."""
+    levels = _vec_levels(env)
+    base, here = levels[-1], {f"wrapper {index}": level for index, level in enumerate(levels)}
+    if not isinstance(base, SubprocVecEnv):
+        here |= {f"environment {index}": world for index, world in enumerate(_worlds(base))}
+    said = {place: function(each, *arguments(place)) for place, each in here.items()}
+    if isinstance(base, SubprocVecEnv):
+        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
+        for index in range(base.num_envs):
+            place = f"environment {index}"
+            said[place] = base.env_method(_method_of(function), *arguments(place), indices=index)[0]
+    return said
 
 
 def difference_after(env: VecEnv, state: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_ppo_from_scratch.checkpoint.log_files import is_mark
 from sb3_ppo_from_scratch.safe_files.values import numpy_state, python_state
 
 __all__ = ["whole_run"]
@@ -46,8 +47,8 @@ def whole_run(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-_UNKNOWN: dict[str, Any] = {"generators": [], "trace": None, "doubts": []}
-"""Of environments, in files of the first format."""
+_UNKNOWN: dict[str, Any] = {"generators": [], "trace": None, "doubts": [], "files": {}}
+"""Of environments, in files of earlier formats."""
 
 
 def _callback_of_today(entry: Any) -> Any:
@@ -124,6 +125,8 @@ def _is_env(state: Any) -> bool:
         and isinstance(state["generators"], list)
         and len(state["generators"]) in (0, len(state["worlds"]))
         and all(each is None or _are_generators(each) for each in state["generators"])
+        and isinstance(state["files"], dict)
+        and all(isinstance(marks, dict) and all(map(is_mark, marks.values())) for marks in state["files"].values())
         and (trace is None or (isinstance(trace, np.ndarray) and trace.dtype == np.uint32 and trace.ndim == 2))
     )
 

@@ -89,8 +89,6 @@ def keep_final_observations(env: VecEnv) -> VecEnv:
 class _CarefulDummyVecEnv(DummyVecEnv):
     """SB3's, but what an environment shows is looked at, and copied where the environment may write over it."""
 
-    stands_in_for = DummyVecEnv
-
     def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (DummyVecEnv,), self.__dict__  # it opens where this package is not installed
 
@@ -134,8 +132,6 @@ def keep_finals_of_vector_env(env: gym.vector.VectorEnv) -> None:
 
 
 class _CarefulSyncVectorEnv(SyncVectorEnv):
-    stands_in_for = SyncVectorEnv
-
     def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (SyncVectorEnv,), self.__dict__
 

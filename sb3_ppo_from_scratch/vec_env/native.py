@@ -42,7 +42,7 @@ class NativeVecEnv(VecEnv):
 
     :param env: the vector environment; those that return only a part of the environments per step are not supported
     :param filename: write each episode to ``filename + ".monitor.csv"``, as ``VecMonitor`` does; ``None`` for no file. A file
-        that is there already is kept under another name, with a warning.
+        that is there already is kept under another name, with a warning, unless it is that of a run which is then resumed.
     :param info_keywords: entries of an episode's last ``info`` to add to its ``infos[i]["episode"]`` and to the file
     :raises TypeError: if ``env`` is no ``VectorEnv``
     :raises ValueError: if it does not say how it begins the next episode, or steps only a part of its environments
