@@ -50,7 +50,7 @@ def subprocess_memory() -> float:
 
 
 def subprocesses() -> set[int]:
-    """The processes that this one has started, and theirs, by ``/proc``; ended ones too, until somebody has waited for them."""
+    """The processes that this one has started, and theirs, by ``/proc``; ended ones too, until they are waited for."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # processes end at any time
