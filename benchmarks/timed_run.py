@@ -23,7 +23,7 @@ import torch as th
 from benchmarks.cases import CASES, Case, Contestant, build, scaled
 from benchmarks.floor import environment_seconds, product_seconds
 
-__all__ = ["main", "peak_memory", "subprocess_memory", "time_floor", "time_training"]
+__all__ = ["main", "peak_memory", "subprocess_memory", "subprocesses", "time_floor", "time_training"]
 
 
 def peak_memory() -> float:
@@ -46,6 +46,11 @@ def subprocess_memory() -> float:
 
     It is their *proportional set size*: a page that n processes share counts as 1/n of a page for each.
     """
+    return sum(map(_proportional_set_size, subprocesses()))
+
+
+def subprocesses() -> set[int]:
+    """The processes that this one has started, and theirs, by ``/proc``; ended ones too, until they are waited for."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # processes end at any time
@@ -54,7 +59,7 @@ def subprocess_memory() -> float:
     family = {os.getpid()}
     while grown := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= grown
-    return sum(map(_proportional_set_size, family - {os.getpid()}))
+    return family - {os.getpid()}
 
 
 def _proportional_set_size(pid: int) -> float:

@@ -8,6 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks import cartpole, components, floor, throughput, timed_run
+from benchmarks import cartpole, components, floor, soak, throughput, timed_run
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
@@ -157,6 +161,54 @@ def test_subprocesses_and_theirs_count_towards_memory() -> None:
         process.communicate()
     assert 100 < grown < 150
     assert timed_run.subprocess_memory() == pytest.approx(before, abs=1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a process holds")
+@pytest.mark.parametrize("leaks", ["nothing", "descriptors", "threads", "children", "files", "objects", "memory"])
+def test_a_soak_notices_what_is_left_behind(leaks: str) -> None:
+    kept: list[Any] = []
+    end = threading.Event()
+
+    def one_round() -> None:
+        Path(tempfile.gettempdir(), "written-over").write_text("once and again", encoding="utf-8")
+        if leaks == "descriptors":
+            kept.append(open(os.devnull, "rb"))  # noqa: SIM115  # that it stays open is what is tested
+        elif leaks == "threads":
+            threading.Thread(target=end.wait, daemon=True).start()
+        elif leaks == "children":
+            kept.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        elif leaks == "files":
+            tempfile.mkstemp(dir=tempfile.gettempdir())
+        elif leaks == "objects":
+            kept.extend([] for _ in range(10_000))
+        elif leaks == "memory":
+            kept.append(b"x" * (16 << 20))
+
+    try:
+        record = soak.soak(0, one_round)
+    finally:
+        end.set()
+        for each in kept:
+            if isinstance(each, subprocess.Popen):
+                each.communicate()
+            elif hasattr(each, "close"):
+                each.close()
+    grown = {name for name, verdict in record["verdicts"].items() if not verdict["flat"]}
+    assert (leaks in grown) if leaks != "nothing" else not grown
+    assert record["rounds"] == soak.MIN_ROUNDS == len(record["counted"]["files"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a process holds")
+def test_a_round_of_the_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines, files, and failures in this process; the whole one, with processes, takes too long."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        soak.learn_save_load(tmp_path)
+        soak.refuse(tmp_path)
+        soak.fail_and_resume(tmp_path, "nan", DummyVecEnv)
+        with pytest.raises(AssertionError, match="no error came from an environment that should be well"):
+            soak.fail_and_resume(tmp_path / "other", "be well", DummyVecEnv)
 
 
 def test_what_the_kl_costs_is_measured() -> None:

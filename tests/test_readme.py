@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import breakout, cartpole, throughput
+from benchmarks import breakout, cartpole, soak, throughput
 from benchmarks.comparison import tables
 from benchmarks.comparison.records import load_records
 from benchmarks.fast_path import report as fast_path
@@ -62,6 +62,22 @@ def test_what_the_kl_costs() -> None:
     bound = int(re.search(r"the KL costs less than (\d+)% of an update", README)[1])
     assert len(medians) == 3
     assert max(medians) < 1 + bound / 100
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
+
+
+def test_whether_anything_piles_up() -> None:
+    """The README's figures are the record's, whose verdicts follow from what was counted after each round; half an hour."""
+    record = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+    assert record["verdicts"] == {name: soak.judge(record["counted"][name], share) for name, share in soak.ALLOWED.items()}
+    assert all(verdict["flat"] for verdict in record["verdicts"].values())
+    for name in ("descriptors", "threads", "children", "files"):
+        assert record["verdicts"][name]["first"] == record["verdicts"][name]["last"], name
+    memory = record["verdicts"]["memory"]
+    assert f"in {record['minutes']:.0f} minutes of learning" in WORDS
+    assert f"memory went from {memory['first']:.1f} to {memory['last']:.1f} MiB" in WORDS
+    assert f"between the first quarter of {record['rounds']} rounds" in WORDS
+    assert record["minutes"] >= 30
+    assert {len(values) for values in record["counted"].values()} == {record["rounds"]}
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
 
 
