@@ -13,9 +13,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from benchmarks.gpu.material import config
 from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch.engines import Engine, choose_engine
 from sb3_ppo_from_scratch.update import UpdateConfig
 
 
@@ -112,15 +115,9 @@ def assert_equal_runs(
 
 def update_config(**changes: Any) -> UpdateConfig:
     """Two epochs of small minibatches."""
-    values: dict[str, Any] = {
-        "batch_size": 8,
-        "n_epochs": 2,
-        "clip_range": 0.2,
-        "clip_range_vf": None,
-        "normalize_advantage": True,
-        "ent_coef": 0.01,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-    }
-    return UpdateConfig(**{**values, **changes})
+    return config(**{"batch_size": 8, "clip_range": 0.2, **changes})
+
+
+def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32") -> Engine:
+    """The engine of that name, at work on ``policy``."""
+    return choose_engine(name, policy, precision).engine(policy, precision)

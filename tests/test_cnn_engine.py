@@ -19,11 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer, engines
-from sb3_ppo_from_scratch.engines import make_engine
 from sb3_ppo_from_scratch.engines.channels_last import engine as module
 from sb3_ppo_from_scratch.engines.channels_last.engine import ChannelsLastEngine, FrameLoader, OneDnnLinear, nature_features
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from tests.helpers import ToyEnv, train, update_config
+from tests.helpers import ToyEnv, make_engine, train, update_config
 
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)  # NatureCNN takes nothing smaller
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2}

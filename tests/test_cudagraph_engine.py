@@ -23,14 +23,13 @@ from torch import nn
 
 from benchmarks.gpu.material import exact_loss, fill, observe
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffer, SharedMlpPolicy
-from sb3_ppo_from_scratch.engines import make_engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
-from tests.helpers import ToyEnv, train, update_config
+from tests.helpers import ToyEnv, make_engine, train, update_config
 
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import array
 import io
-import json
 import os
 import pickle
 import random
 import struct
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -33,14 +31,13 @@ from sb3_ppo_from_scratch.checkpoint import env_state
 from sb3_ppo_from_scratch.checkpoint.env_state import capture, restore, why_unreadable
 from sb3_ppo_from_scratch.checkpoint.files import read_checkpoint, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.plain_data import pack, unpack
-from sb3_ppo_from_scratch.safe_files.archive import read_archive
 from sb3_ppo_from_scratch.safe_files.table import ALLOWED
 from sb3_ppo_from_scratch.safe_files.torch_files import load_torch
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 from tests.helpers import ToyEnv
+from tests.saved_models import Files, archive, files_of_a_model
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu", "policy_kwargs": {"net_arch": [4]}}
-Files = dict[str, bytes]
 
 
 class Calls:
@@ -55,21 +52,7 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def files() -> Files:
-    stream = io.BytesIO()
-    ScratchPPO("MlpPolicy", "CartPole-v1", seed=1, **SMALL).learn(16).save(stream)
-    return read_archive(stream)
-
-
-def archive(files: Files, **more: bytes) -> io.BytesIO:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as target:
-        for name, content in {**files, **more}.items():
-            target.writestr(name, content)
-    return stream
-
-
-def with_fields(files: Files, **fields: Any) -> io.BytesIO:
-    return archive(files, data=json.dumps({**json.loads(files["data"]), **fields}).encode())
+    return files_of_a_model(**SMALL)
 
 
 def torch_file(content: Any) -> bytes:

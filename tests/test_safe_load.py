@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
 import contextlib
 import copyreg
 import importlib
@@ -41,33 +40,14 @@ from sb3_ppo_from_scratch.safe_files.table import ALLOWED, BUILT, NAMED
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model
+from tests.saved_models import Files, archive, files_of_a_model, with_fields
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu"}
-Files = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
 def files() -> Files:
-    """The files in the archive of a model that has been trained."""
-    stream = io.BytesIO()
-    ScratchPPO("MlpPolicy", "CartPole-v1", seed=1, **SMALL).learn(16).save(stream)
-    return read_archive(stream)
-
-
-def archive(files: Files, **more: bytes) -> io.BytesIO:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as target:
-        for name, content in {**files, **more}.items():
-            target.writestr(name, content)
-    return stream
-
-
-def with_fields(files: Files, **fields: Any) -> io.BytesIO:
-    """The model with some of its fields replaced; bytes are taken for a pickle."""
-    data = json.loads(files["data"])
-    for name, value in fields.items():
-        data[name] = {":serialized:": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-    return archive(files, data=json.dumps(data).encode())
+    return files_of_a_model(**SMALL)
 
 
 # ------------------------------------------------------------------- hostile pickles

@@ -21,7 +21,6 @@ __all__ = [
     "PolicyStep",
     "choose_engine",
     "has_bf16_instructions",
-    "make_engine",
 ]
 
 _ENGINES: dict[str, type[Engine]] = {
@@ -69,8 +68,3 @@ def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32",
         refusals[each] = reason
     reasons = "; ".join(f"{each}: {reason}" for each, reason in refusals.items())
     raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({reasons})")
-
-
-def make_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> Engine:
-    """The engine that :func:`choose_engine` chooses, for ``policy``."""
-    return choose_engine(name, policy, precision, loss).engine(policy, precision, loss)

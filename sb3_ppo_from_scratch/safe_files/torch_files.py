@@ -6,7 +6,6 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.archive import read_members
 from sb3_ppo_from_scratch.safe_files.refusal import Refused, name_of
 from sb3_ppo_from_scratch.safe_files.tensors import Storage, make_storage, read_legacy, storage_size
@@ -37,12 +36,7 @@ def load_torch(data: bytes, field: str) -> Any:
 
 
 def _read_archive(data: bytes, field: str) -> Any:
-    try:
-        files = read_members(data, field, max_members=_MAX_MEMBERS, stored=True)
-    except UnsafeFileError:
-        raise
-    except ValueError as error:
-        raise ValueError(str(error)) from error
+    files = read_members(data, field, max_members=_MAX_MEMBERS, stored=True)
     (folder,) = {name.partition("/")[0] for name in files}  # torch puts all into one
     if files.get(f"{folder}/byteorder", b"little") != b"little":
         raise Refused("numbers of another byte order", "no save writes them here")
