@@ -53,12 +53,17 @@ class UpdateConfig:
     nan_policy: str = "raise"
     """``"raise"`` or ``"skip"``, for a minibatch whose loss or gradient is not finite"""
 
+    @property
+    def kl_limit(self) -> float:
+        """The approximate KL, in nats, above which an update ends: 1.5 times the target, as in SB3."""
+        return math.inf if self.target_kl is None else 1.5 * self.target_kl
+
     def stops(self, approx_kl: th.Tensor | float) -> bool:
-        """Whether this KL, in nats, ends the update: above 1.5 times the target, compared in float32 as SB3 does."""
+        """Whether this KL ends the update; compared in float32, as SB3 does."""
         if self.target_kl is None:
             return False
         kl = approx_kl.numpy(force=True) if isinstance(approx_kl, th.Tensor) else np.float32(approx_kl)
-        return bool(kl > 1.5 * self.target_kl)
+        return bool(kl > self.kl_limit)
 
 
 # ---------------------------------------------------------------- the loss of a minibatch

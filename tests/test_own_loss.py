@@ -80,7 +80,7 @@ def unclipped(advantages: th.Tensor, ratio: th.Tensor, clip_range: float, weight
     return -0.5 * losses.weighted_mean(advantages * ratio, weights)
 
 
-BY_HAND = [("MlpPolicy", "numpy"), ("CnnPolicy", "channels_last")]
+BY_NAME = [("MlpPolicy", "numpy"), ("CnnPolicy", "channels_last"), ("MlpPolicy", "cudagraph")]
 CHANGES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "policy loss": (losses, "clipped_surrogate_loss", unclipped),
     "value loss": (losses, "value_loss", lambda values, returns, *_: 3.0 * (values - returns).abs().mean()),
@@ -91,11 +91,12 @@ CHANGES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize(("module", "name", "function"), CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize(("policy", "engine"), [*itertools.product(["MlpPolicy", "CnnPolicy"], ["auto", "torch"]), *BY_HAND])
+@pytest.mark.parametrize(("policy", "engine"), [*itertools.product(["MlpPolicy", "CnnPolicy"], ["auto", "torch"]), *BY_NAME])
 def test_a_changed_function_counts(
     policy: str, engine: str, module: Any, name: str, function: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or an engine says that it does not compute it. None goes on with the old one in silence."""
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.cudagraph.support.device_reason", lambda policy: None)
     arguments = {"engine": engine, "ent_coef": 0.01, **SIZES}
     observations = OBSERVATION_SPACES["box"] if policy == "MlpPolicy" else FRAMES
     before = weights(ScratchPPO(policy, toy(observations), **arguments).learn(32))
@@ -110,6 +111,7 @@ def test_a_changed_function_counts(
         assert model._engine is not None
         assert not isinstance(model._engine, NumpyEngine)
     monkeypatch.undo()
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.cudagraph.support.device_reason", lambda policy: None)
     assert th.equal(weights(ScratchPPO(policy, toy(observations), **arguments).learn(32)), before)
 
 
@@ -119,6 +121,15 @@ def test_a_function_may_be_changed_while_training(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(losses, "clipped_surrogate_loss", unclipped)
     model.learn(32)
     assert type(model._engine) is TorchEngine
+
+
+def test_a_recording_of_another_loss_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_ppo_from_scratch.engines.cudagraph.support.device_reason", lambda policy: None)
+    model = ScratchPPO("MlpPolicy", toy(), engine="cudagraph", **SIZES).learn(32)
+    recorded = model._engine._learner  # type: ignore[union-attr]
+    assert model.learn(32)._engine._learner is recorded  # type: ignore[union-attr]
+    monkeypatch.setattr(losses, "clipped_surrogate_loss", unclipped)
+    assert model.learn(32)._engine._learner is not recorded  # type: ignore[union-attr]
 
 
 def test_the_same_loss_in_other_words_is_served_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

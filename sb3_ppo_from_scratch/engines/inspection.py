@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-__all__ = ["Fingerprint", "adam_reason", "has_hooks", "modified_reason", "replaced_method"]
+from sb3_ppo_from_scratch import losses, update
+
+__all__ = ["Fingerprint", "adam_reason", "has_hooks", "modified_reason", "parts_of_the_loss", "replaced_method"]
 
 
+_PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
+    update: ("minibatch_loss", "normalize_advantages", "ppo_loss"),
+    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean", "approx_kl", "clip_fraction"),
+}
 _METHODS = ("forward", "forward_actor", "forward_critic")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -70,6 +77,12 @@ def _parameter_reason(parameter: th.Tensor, optimized: set[int], seen: set[int])
     if not parameter.requires_grad or parameter.dtype is not th.float32 or not parameter.is_cpu:
         return "it takes trainable float32 parameters on the CPU, unlike"
     return None
+
+
+def parts_of_the_loss() -> tuple[Any, ...]:
+    """The functions that the loss of a minibatch is made of, as they are now: another tuple once one has been replaced."""
+    functions = [getattr(module, name) for module, names in _PARTS_OF_THE_LOSS.items() for name in names]
+    return tuple((function, getattr(function, "__code__", None)) for function in functions)
 
 
 def replaced_method(module: object) -> str | None:

@@ -27,6 +27,7 @@ from sb3_ppo_from_scratch.engines.cudagraph.acting import Heads
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
+from sb3_ppo_from_scratch.engines.inspection import parts_of_the_loss
 from sb3_ppo_from_scratch.losses import PPOLoss, weighted_mean
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, minibatch_loss
 
@@ -158,7 +159,7 @@ class GraphLearner:
         dist_params = buffer.on_device["dist_params"]
         structure = (config.batch_size, config.n_epochs, config.normalize_advantage, config.clip_range_vf is None)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        return id(buffer), dist_params is None, structure, tuple(settings), tuple(addresses)
+        return id(buffer), dist_params is None, structure, tuple(settings), tuple(addresses), parts_of_the_loss()
 
     # ------------------------------------------------------------- one minibatch
 
@@ -271,7 +272,7 @@ class GraphLearner:
             **vars(config),
             "learning_rate": self.policy.optimizer.param_groups[0]["lr"],
             "clip_range_vf": config.clip_range_vf or 0.0,
-            "kl_limit": np.inf if config.target_kl is None else 1.5 * config.target_kl,
+            "kl_limit": config.kl_limit,
             "raises": config.nan_policy == "raise",
         }
         steps = [float(state["step"]) for state in _adam_states(self.policy)]

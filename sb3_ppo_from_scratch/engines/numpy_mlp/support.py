@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_ppo_from_scratch import losses, update
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, replaced_method
+from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, parts_of_the_loss, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
 from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
@@ -125,18 +123,7 @@ def layers_of(policy: ActorCriticPolicy) -> Layers:
 
 # ---------------------------------------------------------------- the loss
 
-_PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
-    update: ("minibatch_loss", "normalize_advantages", "ppo_loss"),
-    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean", "approx_kl", "clip_fraction"),
-}
-
-
-def _parts_of_the_loss() -> list[tuple[Any, Any]]:
-    functions = [getattr(module, name) for module, names in _PARTS_OF_THE_LOSS.items() for name in names]
-    return [(function, getattr(function, "__code__", None)) for function in functions]
-
-
-_AS_IMPORTED = _parts_of_the_loss()
+_AS_IMPORTED = parts_of_the_loss()
 
 
 def loss_reason(loss: Loss) -> str | None:
@@ -149,7 +136,7 @@ def loss_reason(loss: Loss) -> str | None:
     """
     if loss is not minibatch_loss:
         return f"it computes PPO's own loss by hand, not {getattr(loss, '__name__', loss)}"
-    if not (_agrees_as_imported() if _parts_of_the_loss() == _AS_IMPORTED else _agrees()):
+    if not (_agrees_as_imported() if parts_of_the_loss() == _AS_IMPORTED else _agrees()):
         return "it computes PPO's own loss by hand, and a function of losses.py or advantages.py was changed"
     return None
 
