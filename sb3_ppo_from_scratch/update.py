@@ -17,11 +17,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 
-from sb3_ppo_from_scratch.advantages import normalize_advantages
+from sb3_ppo_from_scratch import advantages as advantage_functions
+from sb3_ppo_from_scratch import losses
 from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.checks.finite import check_minibatch
 from sb3_ppo_from_scratch.distributions import distribution_parameters
-from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
+from sb3_ppo_from_scratch.losses import PPOLoss
 
 __all__ = [
     "Gradient",
@@ -105,8 +106,10 @@ def minibatch_loss(
     :param config: coefficients
     :param weights: ``[B]``, how often each row counts (no shares, if advantages are normalised); ``None`` for once each
     """
-    advantages = normalize_advantages(batch.advantages, weights) if config.normalize_advantage else batch.advantages
-    return ppo_loss(
+    advantages = batch.advantages
+    if config.normalize_advantage:  # asked of its module, as the loss is: whoever replaces a function there is heard
+        advantages = advantage_functions.normalize_advantages(advantages, weights)
+    return losses.ppo_loss(
         outputs.values,
         outputs.log_prob,
         outputs.entropy,

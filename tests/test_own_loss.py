@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +20,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, advantages, losses
-from sb3_ppo_from_scratch import update as phase_two
 from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.distributions import exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
-from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
+from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine, support
 from sb3_ppo_from_scratch.engines.reference import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, minibatch_loss
@@ -31,6 +33,7 @@ from tests.helpers import ToyEnv, update_config
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 1, "device": "cpu"}
 DISCRETE = spaces.Discrete(3)
 FRAMES = spaces.Box(0, 255, (2, 36, 36), np.uint8)
+PPO_LOSS, VALUE_LOSS, APPROX_KL = losses.ppo_loss, losses.value_loss, losses.approx_kl
 
 
 def example() -> Any:
@@ -71,7 +74,7 @@ def test_the_reference_is_ppo_loss(
 ) -> None:
     """Called once per minibatch, whatever the configuration."""
     calls = []
-    monkeypatch.setattr(phase_two, "ppo_loss", lambda *a, **k: (calls.append(1), losses.ppo_loss(*a, **k))[1])
+    monkeypatch.setattr(losses, "ppo_loss", lambda *a, **k: (calls.append(1), PPO_LOSS(*a, **k))[1])
     ScratchPPO(policy, env(), engine="torch", **SIZES, **kwargs).learn(64)
     assert len(calls) == 2 * 2 * 4, "2 rollouts, 2 epochs, 4 minibatches"
 
@@ -85,8 +88,8 @@ CHANGES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "policy loss": (losses, "clipped_surrogate_loss", unclipped),
     "value loss": (losses, "value_loss", lambda values, returns, *_: 3.0 * (values - returns).abs().mean()),
     "entropy loss": (losses, "entropy_loss", lambda entropy, *_: 2.0 * entropy.mean()),
-    "normalisation": (phase_two, "normalize_advantages", lambda advantages, weights=None: 2.0 * advantages),
-    "the whole": (phase_two, "ppo_loss", lambda *a, **k: losses.ppo_loss(*a, **{**k, "vf_coef": 0.1})),
+    "normalisation": (advantages, "normalize_advantages", lambda advantages, weights=None: 2.0 * advantages),
+    "the whole": (losses, "ppo_loss", lambda *a, **k: PPO_LOSS(*a, **{**k, "vf_coef": 0.1})),
 }
 
 
@@ -132,11 +135,37 @@ def test_a_recording_of_another_loss_is_not_replayed(monkeypatch: pytest.MonkeyP
     assert model.learn(32)._engine._learner is not recorded  # type: ignore[union-attr]
 
 
-def test_the_same_loss_in_other_words_is_served_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked is what it computes, not what it is called."""
-    entropy_loss = losses.entropy_loss
-    monkeypatch.setattr(losses, "entropy_loss", lambda *arguments: 1.0 * entropy_loss(*arguments))
-    assert choose_engine("auto", ScratchPPO("MlpPolicy", toy(), **SIZES).policy).engine is NumpyEngine
+EDITS: dict[str, tuple[str, str, str]] = {
+    "a bound on the clip range": ("losses.py", "unclipped = advantages * ratio", "clip_range = max(clip_range, 0.08)"),
+    "a bound on a coefficient": ("losses.py", "log_ratio = log_prob - old_log_prob", "vf_coef = min(vf_coef, 0.9)"),
+    "a bound far out": ("losses.py", "ratio = th.exp(log_ratio)", "ratio = ratio.clamp(max=1e6)"),
+    "the advantages": ("advantages.py", "n_rows = weights.sum()", "epsilon = 2 * epsilon"),
+    "what calls them": ("update.py", "advantages = batch.advantages", "weights = None"),
+}
+
+
+@pytest.mark.parametrize(("file", "line", "more"), EDITS.values(), ids=EDITS)
+def test_an_edited_file_counts(file: str, line: str, more: str, tmp_path: Path) -> None:
+    """Even where a trial with some coefficients would not tell it from what it was."""
+    copied = tmp_path / "sb3_ppo_from_scratch"
+    shutil.copytree(Path(losses.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    code = "from sb3_ppo_from_scratch import ScratchPPO; ScratchPPO('MlpPolicy', 'CartPole-v1', n_steps=8, verbose=1).learn(8)"
+
+    def engine() -> str:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return re.search(r"Using the engine (\w+)", done.stdout)[1]  # type: ignore[index]
+
+    text = (copied / file).read_text(encoding="utf-8")
+    assert text.count(f"    {line}\n") == 1
+    (copied / file).write_text(text.replace(line, f"{line}\n    {more}"), encoding="utf-8")
+    assert engine() == "torch"
+    (copied / file).write_text(text, encoding="utf-8")
+    assert engine() == "numpy"
+
+
+def test_the_gradient_by_hand_is_of_todays_loss() -> None:
+    """Whoever edits the loss derives ``numpy_mlp/loss.py`` anew, and then writes down what it was derived from."""
+    assert support.source_digest() == support._WRITTEN_FOR
 
 
 def dual_clip(advantages: th.Tensor, ratio: th.Tensor, clip_range: float, weights: Any = None) -> th.Tensor:
@@ -162,9 +191,6 @@ class Unhashable:
         return 2.0 * VALUE_LOSS(*arguments)
 
 
-VALUE_LOSS, APPROX_KL = losses.value_loss, losses.approx_kl
-
-
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -183,12 +209,12 @@ def test_what_differs_far_out_or_fails_is_not_by_hand(name: str, function: Any, 
     assert choose_engine("auto", policy).engine is NumpyEngine
 
 
-def test_a_replaced_function_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_replaced_function_is_taken_for_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its coefficient may grow from nothing."""
     coefficient, entropy_loss = [0.0], losses.entropy_loss
     monkeypatch.setattr(losses, "entropy_loss", lambda *arguments: (1.0 + coefficient[0]) * entropy_loss(*arguments))
     model = ScratchPPO("MlpPolicy", toy(), **SIZES).learn(32)
-    assert isinstance(model._engine, NumpyEngine)
+    assert type(model._engine) is TorchEngine
     coefficient[0] = 5.0
     model.learn(32)
     assert type(model._engine) is TorchEngine

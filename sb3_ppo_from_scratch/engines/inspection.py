@@ -11,14 +11,23 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_ppo_from_scratch import losses, update
+from sb3_ppo_from_scratch import advantages, losses, update
 
 __all__ = ["Fingerprint", "adam_reason", "has_hooks", "modified_reason", "parts_of_the_loss", "replaced_method"]
 
 
 _PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
-    update: ("minibatch_loss", "normalize_advantages", "ppo_loss"),
-    losses: ("clipped_surrogate_loss", "value_loss", "entropy_loss", "weighted_mean", "approx_kl", "clip_fraction"),
+    update: ("minibatch_loss",),
+    advantages: ("normalize_advantages",),
+    losses: (
+        "ppo_loss",
+        "clipped_surrogate_loss",
+        "value_loss",
+        "entropy_loss",
+        "weighted_mean",
+        "approx_kl",
+        "clip_fraction",
+    ),
 }
 _METHODS = ("forward", "forward_actor", "forward_critic")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
