@@ -266,6 +266,8 @@ class ScratchPPO(RolloutAlgorithm):
 
     def _check_engine(self, replace: bool = False) -> None:
         """Raises if there is none. One from a file may be replaced: who trains on a GPU may watch on a CPU."""
+        if not callable(self.loss):
+            raise TypeError(f"loss must be a function of a minibatch's outputs, batch and config, not {self.loss!r}")
         try:
             choose_engine(self.engine, self.policy, self.precision, self.loss)
         except ValueError as error:
@@ -627,7 +629,16 @@ class ScratchPPO(RolloutAlgorithm):
         super().set_parameters(params, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ["_engine", "_guard", "_nan_understood", "_resumed", "_scheduled_rate", "_train_metrics", "_warned_of_skipped"]
+        ours = [
+            "loss",
+            "_engine",
+            "_guard",
+            "_nan_understood",
+            "_resumed",
+            "_scheduled_rate",
+            "_train_metrics",
+            "_warned_of_skipped",
+        ]
         return [*super()._excluded_save_params(), *ours]
 
     @classmethod
@@ -658,7 +669,7 @@ class ScratchPPO(RolloutAlgorithm):
         """
         if env is None:
             raise ValueError("env must be an environment made as the run's was, not None")
-        state = load_run(path)
+        state = load_run(path, cls)
         with errors_for_assertions("env"):
             if not hasattr(env, "observation_space"):
                 env = maybe_make_env(env, 0)

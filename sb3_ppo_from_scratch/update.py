@@ -31,6 +31,7 @@ __all__ = [
     "PolicyOutputs",
     "UpdateConfig",
     "UpdateStats",
+    "check_loss",
     "minibatch_loss",
     "update",
 ]
@@ -105,8 +106,11 @@ def minibatch_loss(
     :param batch: what the rollout knows
     :param config: coefficients
     :param weights: ``[B]``, how often each row counts (no shares, if advantages are normalised); ``None`` for once each
+    :raises ValueError: for weights of another shape
     """
     advantages = batch.advantages
+    if weights is not None and weights.shape != advantages.shape:  # they would be multiplied all the same
+        raise ValueError(f"weights must have shape {tuple(advantages.shape)}, one per row, not {tuple(weights.shape)}")
     if config.normalize_advantage:  # asked of its module, as the loss is: whoever replaces a function there is heard
         advantages = advantage_functions.normalize_advantages(advantages, weights)
     return losses.ppo_loss(
@@ -123,6 +127,17 @@ def minibatch_loss(
         vf_coef=config.vf_coef,
         weights=weights,
     )
+
+
+def check_loss(loss: Any) -> None:
+    """
+    :param loss: what a loss of the user's has returned
+    :raises TypeError: if it is no :class:`PPOLoss`, or has no total to differentiate
+    """
+    total = getattr(loss, "total", None)
+    if not isinstance(loss, PPOLoss) or not isinstance(total, th.Tensor) or total.numel() != 1 or not total.requires_grad:
+        what = f"a total {total!r}" if isinstance(loss, PPOLoss) else f"a {type(loss).__name__}"
+        raise TypeError(f"loss must return a PPOLoss whose total is a scalar tensor with a gradient, not {what}")
 
 
 # ---------------------------------------------------------------- the loop

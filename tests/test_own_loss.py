@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, advantages, losses
+from sb3_ppo_from_scratch import MlpPolicy, ResumableCheckpoint, ScratchPPO, advantages, losses
 from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.distributions import exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
@@ -258,6 +259,63 @@ def test_the_example_changes_the_weights(
     assert "Using the engine torch (numpy: it computes PPO's own loss by hand, not loss_with_kl_penalty" in printed
     with pytest.raises(ValueError, match="not loss_with_kl_penalty"):
         cls(policy, env(), engine=by_name, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda *_: None, "not a NoneType"),
+        (lambda outputs, *_: outputs.values.mean(), "not a Tensor"),
+        (lambda *arguments: minibatch_loss(*arguments)._replace(total=1.0), r"not a total 1\.0"),
+        (lambda *arguments: minibatch_loss(*arguments)._replace(total=arguments[0].values), "not a total tensor"),
+        (lambda *arguments: minibatch_loss(*arguments)._replace(total=th.zeros(())), "not a total tensor"),
+    ],
+)
+def test_what_is_no_loss_is_named(loss: Any, message: str) -> None:
+    class Wrong(ScratchPPO):
+        pass
+
+    Wrong.loss = staticmethod(loss)
+    with pytest.raises(TypeError, match=f"loss must return a PPOLoss whose total is a scalar tensor .*{message}"):
+        Wrong("MlpPolicy", toy(), **SIZES).learn(32)
+
+
+def test_what_is_no_function_is_refused_before_training() -> None:
+    class Wrong(ScratchPPO):
+        loss = None  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="loss must be a function of a minibatch's outputs, batch and config, not None"):
+        Wrong("MlpPolicy", toy(), **SIZES)
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    class Wrong(ScratchPPO):
+        @staticmethod
+        def loss(outputs: PolicyOutputs, batch: RolloutData, config: UpdateConfig) -> PPOLoss:
+            return minibatch_loss(outputs, batch, config, th.ones(len(batch.returns), 1))
+
+    with pytest.raises(ValueError, match=r"weights must have shape \(8,\), one per row, not \(8, 1\)"):
+        Wrong("MlpPolicy", toy(), **SIZES).learn(32)
+
+
+def test_a_run_that_another_class_resumes_says_so(tmp_path: Path) -> None:
+    """A loss, or whatever else a subclass has, is not in the file."""
+    cls = example().KLPenaltyPPO
+    cls("MlpPolicy", "CartPole-v1", **SIZES).learn(32, callback=ResumableCheckpoint(16, tmp_path))
+    with pytest.warns(UserWarning, match="may not be bit-exact, with class ScratchPPO instead of KLPenaltyPPO"):
+        ScratchPPO.resume(tmp_path, "CartPole-v1", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls.resume(tmp_path, "CartPole-v1", device="cpu")
+
+
+def test_a_loss_given_to_one_model_is_not_in_its_file(tmp_path: Path) -> None:
+    model = ScratchPPO("MlpPolicy", toy(), **SIZES)
+    model.loss = example().loss_with_kl_penalty  # type: ignore[assignment]
+    model.learn(32).save(tmp_path / "model")
+    loaded = ScratchPPO.load(tmp_path / "model")
+    assert loaded.loss is minibatch_loss
+    assert th.equal(weights(loaded), weights(model))
 
 
 def test_a_loss_may_be_a_method_that_knows_the_model() -> None:

@@ -99,7 +99,7 @@ def capture_run(
         "folder": str(folder.resolve()),
         "problems": list(dict.fromkeys(problem for part in parts for problem in part["problems"])),
         "doubts": _doubts(parts, callback) if known is None else known.doubts,
-        "made_with": _surroundings(),
+        "made_with": _surroundings(type(model)),
     }
 
 
@@ -121,10 +121,11 @@ def _doubts(parts: list[dict[str, Any]], callback: BaseCallback) -> list[str]:
     return list(dict.fromkeys([*of_envs, *of_callbacks]))
 
 
-def _surroundings() -> dict[str, str]:
-    """What else the bits depend on, as far as it can be named."""
+def _surroundings(algorithm: type) -> dict[str, str]:
+    """What else the bits depend on, as far as it can be named; a subclass may have a loss of its own, say."""
     packages = ("torch", "numpy", "stable_baselines3", "gymnasium")
-    return {**{name: version(name) for name in packages}, "torch threads": str(th.get_num_threads())}
+    versions = {name: version(name) for name in packages}
+    return {**versions, "torch threads": str(th.get_num_threads()), "class": algorithm.__qualname__}
 
 
 def _random_states() -> dict[str, Any]:
@@ -240,9 +241,11 @@ def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -
     return not state["problems"]
 
 
-def load_run(path: str | Path) -> dict[str, Any]:
+def load_run(path: str | Path, algorithm: type = OnPolicyAlgorithm) -> dict[str, Any]:
     """
     Read a checkpoint's file, or a folder's newest intact one.
+
+    :param algorithm: the class that goes on
 
     :return: what :func:`capture_run` returned, and the checkpoints' folder as ``here``
     :raises FileNotFoundError: if there is none
@@ -259,7 +262,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
         )
     if state["doubts"]:
         warnings.warn(f"this resume is not bit-exact: {'; '.join(state['doubts'])}", stacklevel=3)
-    here, there = _surroundings(), state["made_with"]
+    here, there = _surroundings(algorithm), state["made_with"]
     if differences := [f"{name} {here.get(name)} instead of {there[name]}" for name in there if there[name] != here.get(name)]:
         warnings.warn(f"this resume may not be bit-exact, with {', '.join(differences)}", stacklevel=3)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent

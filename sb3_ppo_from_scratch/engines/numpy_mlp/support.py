@@ -125,7 +125,7 @@ def layers_of(policy: ActorCriticPolicy) -> Layers:
 # ---------------------------------------------------------------- the loss
 
 _AS_IMPORTED = parts_of_the_loss()
-_WRITTEN_FOR = "ed4a77a5b762293b6c7f5095ad31065184ff1c67a0689c066a2443dbb950992b"
+_WRITTEN_FOR = "5e412f64eed449a0c70e3ca585b74b4845fb5c4034ec43a86bb40e289b028124"
 """Of the sources that the gradient by hand was derived from, see :func:`source_digest`"""
 
 

@@ -23,7 +23,7 @@ from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, drop_graph, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig
+from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, check_loss, minibatch_loss
 
 __all__ = ["HeadsEngine", "TorchEngine", "TorchLearner"]
 
@@ -114,6 +114,8 @@ class TorchLearner(Learner[RolloutData]):
         actions = batch.actions.long().flatten() if self._is_discrete else batch.actions
         outputs = self.engine.evaluate(batch.observations, actions)
         loss = self.engine.loss(outputs, batch, self.config)
+        if self.engine.loss is not minibatch_loss:
+            check_loss(loss)
         return Gradient(loss, partial(self._backward, loss.total), self._kl_term(batch, outputs))
 
     @th.no_grad()
