@@ -397,7 +397,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--export", type=Path, help="folder for the newest checkpoint's agent, as rl-zoo3 writes one")
     parser.add_argument("--start", type=Path, help="folder of a record and an agent to go on from, if --out has no checkpoint")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.start is not None and not agent_file(options.start / AGENT).exists():
+        parser.error(f"argument --start: must be a folder with {agent_file(Path(AGENT))}, not {options.start}")
+    return options
 
 
 def main() -> None:

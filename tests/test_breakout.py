@@ -197,7 +197,10 @@ def test_a_run_in_a_sentence() -> None:
     assert breakout.summary(a_record(False) | {"evaluations": []}) == f"{so_far}no evaluation yet{published}"
 
 
-@pytest.mark.parametrize("arguments", [["--minutes", "-1"], ["--backend", "dummy"], ["--timesteps", "0"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--minutes", "-1"], ["--backend", "dummy"], ["--timesteps", "0"], ["--threads", "0"], ["--start", "/nowhere"]],
+)
 def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_options(arguments)
