@@ -202,6 +202,7 @@ class ScratchPPO(RolloutAlgorithm):
         self._nan_understood: set[str] = set()
         self._guard: ObservationGuard | None = None
         self._engine: Engine | None = None
+        self._is_training = False
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
@@ -321,16 +322,18 @@ class ScratchPPO(RolloutAlgorithm):
 
     @contextmanager
     def _engine_released(self) -> Iterator[None]:
-        """Afterwards parameters lie where they lay before, for those who hold, share or save them one by one."""
+        """After the outermost, parameters lie where they lay before, for those who hold, share or save them one by one."""
+        is_outermost, self._is_training = not self._is_training, True
         try:
             yield
         finally:
-            if self._engine is not None:
+            self._is_training = not is_outermost
+            if is_outermost and self._engine is not None:
                 self._engine.release()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies make an engine of their own."""
-        return {**self.__dict__, "_engine": None}
+        return {**self.__dict__, "_engine": None, "_is_training": False}
 
     def _is_current(self, engine: Engine) -> bool:
         same = engine.policy is self.policy and engine.loss == self.loss and self.engine in ("auto", engine.name)
@@ -477,7 +480,8 @@ class ScratchPPO(RolloutAlgorithm):
             self._setup_lr_schedule()
         resolve_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
-        stats = self._current_engine().update(self.rollout_buffer, config)
+        with self._engine_released():  # where nobody but the caller trains
+            stats = self._current_engine().update(self.rollout_buffer, config)
         self._n_updates += stats.epochs
         self._record(stats, config)
 
@@ -633,6 +637,7 @@ class ScratchPPO(RolloutAlgorithm):
             "loss",
             "_engine",
             "_guard",
+            "_is_training",
             "_nan_understood",
             "_resumed",
             "_scheduled_rate",

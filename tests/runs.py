@@ -65,7 +65,7 @@ def train(task: str, folder: Path, pipe: int) -> None:
     env = make_env(folder)
     callbacks = [ResumableCheckpoint(1, folder / "checkpoints"), Ticking(pipe)]
     if has_checkpoint(folder / "checkpoints"):
-        model = ScratchPPO.resume(folder / "checkpoints", env)
+        model = ScratchPPO.resume(folder / "checkpoints", env, allow_pickle=task == "breakout")  # for its emulators
         model.continue_learning(callbacks)
     else:
         model = ScratchPPO(

@@ -289,6 +289,7 @@ def test_parameters_go_home_whatever_a_callback_did(change: Callable[[Any], None
     model = ScratchPPO("MlpPolicy", toy("discrete"), **SIZES)
     held, homes = model.policy.state_dict(), [parameter.data_ptr() for parameter in model.policy.parameters()]
     model.learn(96, callback=Change(change, True))
+    model.train()  # by hand, on the last rollout
     assert [parameter.data_ptr() for parameter in model.policy.parameters()] == homes
     assert all(th.equal(held[name], parameter) for name, parameter in model.policy.named_parameters())
 

@@ -250,7 +250,7 @@ def assert_same_steps(make: Callable[[], VecEnv], before: int = 60, after: int =
         first.step(action)
     state = unpack(pack(capture_vec_env(first)), "a test")
     assert state["problems"] == []
-    restore_vec_env(second, state)
+    restore_vec_env(second, state, from_here=True)
     dones = 0
     for action in actions[before:]:
         ours, theirs = first.step(action), second.step(action)

@@ -188,6 +188,14 @@ def test_training_writes_checkpoints_evaluations_statistics_and_tensorboard(norm
     assert (config["engine"], config["normalize"], config["n_epochs"]) == ("torch", True, 20)
 
 
+def test_an_environment_that_cannot_be_made_in_its_process_ends_the_run(tmp_path):
+    """SB3's SubprocVecEnv would wait for it for ever."""
+    options = ("-n", 64, "-f", tmp_path, "--vec-env", "subproc", "--env-kwargs", "sizes:3", "-params", "n_envs:2")
+    printed = zoo("train", *CARTPOLE, *options, cwd=tmp_path, status=1)
+    assert "failed: its process ended" in printed
+    assert "unexpected keyword argument 'sizes'" in printed
+
+
 def test_training_resumes_with_its_statistics(normalized):
     model = normalized / "CartPole-v1.zip"
     hyperparams = (*ENGINE, "n_envs:2", "normalize:True", "n_epochs:3")

@@ -270,6 +270,10 @@ def test_no_yaml_exhausts(text: str, tmp_path: Path) -> None:
         *(b"policy: [a.b]", b"!!python/tuple {a: 1}", b"!!python/object/apply:numpy.dtype {args: 1}", b"<<: 1", b"<<: [1]"),
         *(
             b"env_wrapper: [{rl_zoo3.wrappers.FrameSkip: }]",
+            b"env_wrapper: [{rl_zoo3.wrappers.FrameSkip: {skip: 1.5}}]",
+            b"env_wrapper: [{rl_zoo3.wrappers.FrameSkip: {skip: true}}]",
+            b"env_wrapper: [{rl_zoo3.wrappers.FrameSkip: {jump: 2}}]",
+            b"env_wrapper: [{stable_baselines3.common.atari_wrappers.AtariWrapper: {clip_reward: 3}}]",
             b"%YAML 9.9\n---\na: 1",
             b"%TAG ! x:\n---\n!y a",
             b"@a",
@@ -280,7 +284,7 @@ def test_no_yaml_exhausts(text: str, tmp_path: Path) -> None:
 def test_whatever_a_file_holds_there_is_one_error_that_names_it(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "config.yml"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.yml|names|gives|YAML file"), file.open() as opened:
+    with pytest.raises(ValueError, match=r"config\.yml|names|gives|YAML file|must give"), file.open() as opened:
         yaml.load(opened, Loader=ConfigLoader)
 
 

@@ -41,7 +41,6 @@ __all__ = [
     "level_names",
     "put_attributes",
     "restore",
-    "why_unreadable",
     "written_files",
 ]
 
@@ -61,7 +60,7 @@ _ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _INFOS = frozenset({"buf_infos", "reset_infos"})  # of the last step; they may hold anything, and nothing follows from them
 _ANCHOR = (__name__, "_anchor")
-_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\._\w+$")
+_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\.(_\w+|WatchedSubprocVecEnv)$")
 
 Key = tuple[int, str]
 """Where an object is found in a world: its level's index, and the attribute's name (empty for the level itself)."""
@@ -79,6 +78,8 @@ class _Kind(NamedTuple):
 
     get: Callable[[Any], Any]
     set: Callable[[Any, Any], None]
+    needs_trust: bool = False
+    """Whether what reads the state believes it."""
 
 
 def _subspaces(space: spaces.Space) -> Iterator[spaces.Space]:
@@ -115,7 +116,8 @@ def _rewrite(writer: ResultsWriter, content: bytes | None) -> None:
 
 _SPACE = _Kind(_space_generators, _set_space_generators)
 _WRITER = _Kind(lambda writer: None, _rewrite)
-_EMULATOR = _Kind(lambda ale: ale.cloneState(include_rng=True).serialize(), _set_emulator)
+_EMULATOR = _Kind(lambda ale: ale.cloneState(include_rng=True).serialize(), _set_emulator, needs_trust=True)
+"""ALE's reader uses what it reads as addresses: of 1,800 states with changed bytes two ended the process, and one hung it."""
 
 
 def _kind(value: Any) -> _Kind | None:
@@ -275,23 +277,7 @@ def _what_fails(levels: list[Any], anchors: dict[Key, Any]) -> str | None:
     return None
 
 
-def why_unreadable(root: Any, data: bytes) -> str | None:
-    """
-    Why a world's own state could not be put back without trust, if so: what it holds can only be made by running something.
-
-    :param root: the world
-    :param data: what :func:`capture` made of it
-    """
-    own: Own = {}
-    capture(root, own)
-    try:
-        _read(_unpack(data)[1], _anchors(_levels(root)), own)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def restore(root: Any, data: bytes, trust: bool = False) -> None:
+def restore(root: Any, data: bytes, trust: bool = False, from_here: bool = False) -> None:
     """
     Put a captured state into a world of the same make.
 
@@ -299,7 +285,9 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
     get made, empty, and given their attributes. No function, constructor or ``__setstate__`` of theirs is called.
 
     :param trust: whether to make whatever objects the state asks for
-    :raises UnsafeFileError: for other objects without ``trust``, and for attributes that are not state
+    :param from_here: whether this process has captured the state, so that an emulator's is what the emulator wrote
+    :raises UnsafeFileError: without ``trust``, for other objects, and for an emulator's state that comes from a file; for
+        attributes that are not state
     :raises ValueError: if the world is of another make, or the state is damaged
     """
     levels = _levels(root)
@@ -315,6 +303,8 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
         with contextlib.suppress(CannotCaptureError):
             capture(root, own)
         state, in_place = _read(content, anchors, own)
+        if not from_here:
+            _refuse_emulators(anchors, in_place)
     with errors_named(_FIELD, _REMEDY):
         for level, values in zip(levels, state, strict=True):
             if _keeps_own_state(level):
@@ -325,6 +315,16 @@ def restore(root: Any, data: bytes, trust: bool = False) -> None:
             kind = _kind(anchor)
             if kind is not None and key in in_place:
                 kind.set(anchor, in_place[key])
+
+
+def _refuse_emulators(anchors: dict[Key, Any], in_place: dict[Key, Any]) -> None:
+    for key, anchor in anchors.items():
+        kind = _kind(anchor)
+        if kind is not None and kind.needs_trust and key in in_place:
+            raise UnsafeFileError(
+                f"{_FIELD} holds that of an emulator ({type(anchor).__name__}), which believes what it reads: a made-up one "
+                f"can end the process, or worse. Nothing was run. If you trust the checkpoint, {_REMEDY}"
+            )
 
 
 _FIELD = "the state of environments in the checkpoint"

@@ -76,7 +76,7 @@ def _capture_here(env: gym.Env, trial: Trial | None) -> tuple[bytes | None, str,
     own = generators()
     if state is None:
         return None, reason, own, None, []
-    found, doubts, problem = _tried_out(_as_vec_env(env), partial(restore, env, state), trial)
+    found, doubts, problem = _tried_out(_as_vec_env(env), partial(restore, env, state, from_here=True), trial)
     return (None if problem else state), problem, own, found, doubts
 
 
@@ -227,7 +227,7 @@ def _try_wrappers(levels: list[VecEnv], states: list[bytes | None], trial: Trial
         echo._clock = 0
         for level, state in zip(levels[:-1], states[:-1], strict=True):
             if state is not None:
-                restore(level, state)
+                restore(level, state, from_here=True)
 
     if len(levels) == 1 or CANNOT_FORK:
         return []
@@ -277,7 +277,9 @@ def capture_vec_env(env: VecEnv, trial: Trial | None = None) -> dict[str, Any]:
         state["worlds"] = [each for each, _ in worlds]
         problems += [reason for each, reason in worlds if each is None]
         if not problems:
-            state["trace"], state["doubts"], problem = _tried_out(env, partial(restore_vec_env, env, state), trial)
+            state["trace"], state["doubts"], problem = _tried_out(
+                env, partial(restore_vec_env, env, state, from_here=True), trial
+            )
             problems += [problem] if problem else []
     return {**state, "problems": list(dict.fromkeys(problems))}
 
@@ -299,10 +301,12 @@ def _side_by_side(traces: list[Any]) -> Any:
     return np.concatenate([each[:n] for each in traces], axis=1)
 
 
-def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> None:
+def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False, from_here: bool = False) -> None:
     """
     Put a captured state into a ``VecEnv`` of the same make; what could not be captured or put back stays as it is.
 
+    :param trust: see ``restore``
+    :param from_here: see there
     :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
     """
     levels = _vec_levels(env)
@@ -318,15 +322,15 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False) -> 
         if isinstance(base, SubprocVecEnv):
             _restore_workers(base, state, trust)
         else:
-            _restore_all(_worlds(base), state["worlds"], trust)
+            _restore_all(_worlds(base), state["worlds"], trust, from_here)
     with contextlib.suppress(*([ValueError] if problems else [])):
-        _restore_all(levels, state["wrappers"], trust)
+        _restore_all(levels, state["wrappers"], trust, from_here)
 
 
-def _restore_all(levels: list[Any], states: list[bytes | None], trust: bool) -> None:
+def _restore_all(levels: list[Any], states: list[bytes | None], trust: bool, from_here: bool) -> None:
     for level, state in zip(levels, states, strict=True):
         if state is not None:
-            restore(level, state, trust)
+            restore(level, state, trust, from_here)
 
 
 def _restore_workers(base: SubprocVecEnv, state: dict[str, Any], trust: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_ppo_from_scratch.ppo import ScratchPPO
+from sb3_ppo_from_scratch.vec_env.failures import WatchedSubprocVecEnv
 from sb3_ppo_from_scratch.zoo.registration import ALGO
 
 __all__ = ["INSTALL", "mend", "register_in_children", "trust_files"]
@@ -20,6 +21,7 @@ _COMMAND = [sys.executable, "-m", "sb3_ppo_from_scratch.zoo"]
 
 def mend(script: str) -> None:
     """Whatever one of the zoo's scripts needs; to be called before it is run."""
+    _watch_processes()
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
     if script == "push_to_hub":
@@ -27,9 +29,17 @@ def mend(script: str) -> None:
         _name_us_on_model_cards()
 
 
+def _watch_processes() -> None:
+    """SB3's ``SubprocVecEnv`` waits for ever for an environment whose constructor fails, with ``--vec-env subproc``, too."""
+    from rl_zoo3 import exp_manager, utils
+
+    exp_manager.SubprocVecEnv = utils.SubprocVecEnv = WatchedSubprocVecEnv  # type: ignore[attr-defined]  # both import it by name
+
+
 def trust_files() -> None:
-    """Models are unpickled as SB3 does; YAML files and statistics are left to the zoo."""
+    """Models and checkpoints are unpickled as SB3 does; YAML files and statistics are left to the zoo."""
     ScratchPPO.load = partial(ScratchPPO.load, allow_pickle=True)  # type: ignore[method-assign]  # the zoo does not ask
+    ScratchPPO.resume = partial(ScratchPPO.resume, allow_pickle=True)  # type: ignore[method-assign]  # likewise
 
 
 def register_in_children(flags: list[str]) -> None:

@@ -13,6 +13,7 @@ import argparse
 import ast
 import builtins
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -287,8 +288,8 @@ def _check_wrapper(key: str, wrapper: Any) -> None:
         if len(wrapper) != 1:
             raise ValueError(f"{key} must be names, or names with their arguments, not a mapping of {len(wrapper)}")
         ((name, arguments),) = wrapper.items()
-    if not (isinstance(name, type) and issubclass(name, _WRAPPERS[key])):
-        _check_class(key, name)
+    is_class = isinstance(name, type) and issubclass(name, _WRAPPERS[key])
+    found = name if is_class else _check_class(key, name)
     if not isinstance(arguments, dict) or not all(isinstance(argument, str) for argument in arguments):
         raise ValueError(f"{key} must give {name} its arguments by name")
     for argument, value in arguments.items():
@@ -297,9 +298,25 @@ def _check_wrapper(key: str, wrapper: Any) -> None:
                 f"{key} gives {name} the argument {argument!r}, which is more than numbers in bounds: a text could name a "
                 "file to write. Nothing of it was run. If you trust the file, load with allow_pickle=True"
             )
+        _check_argument(key, found, argument, value)
 
 
-def _check_class(key: str, name: Any) -> None:
+def _check_argument(key: str, wrapper: type, argument: str, value: Any) -> None:
+    """Whether a wrapper takes it, and if its default is a number, whether it is one."""
+    known = inspect.signature(wrapper).parameters
+    if argument not in known:
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            raise ValueError(f"{key} gives {wrapper.__name__} the argument {argument!r}, which is none of {list(known)}")
+        return
+    default = known[argument].default
+    allowed: Any = {bool: bool, int: int, float: (int, float)}.get(type(default))
+    if allowed is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool)):
+        raise ValueError(
+            f"{key} must give {wrapper.__name__} a {type(default).__name__} for {argument}, not {type(value).__name__} {value}"
+        )
+
+
+def _check_class(key: str, name: Any) -> type:
     module, _, attribute = name.rpartition(".") if isinstance(name, str) else ("", "", "")
     if not isinstance(name, str) or not re.fullmatch(r"(\w+\.)+\w+", name):
         raise UnsafeFileError(f"{key} names {str(name)[:80]!r}, which is not a class of a module")
@@ -315,6 +332,7 @@ def _check_class(key: str, name: Any) -> None:
         raise ValueError(f"{key} names {name}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, _WRAPPERS[key])):
         raise UnsafeFileError(f"{key} names {name}, which is not a {_WRAPPERS[key].__name__}")
+    return found
 
 
 def _is_harmless(argument: str, value: Any) -> bool:
