@@ -55,6 +55,8 @@ class Case:
     """ScratchPPO's, with their precision, and ``"sbx"``"""
     parallel: bool = False
     """whether more than one thread pays; tiny networks are slower with two"""
+    needs: str | None = None
+    """the module that its environments come from, if it is one that need not be there"""
 
 
 def _defaults(n_envs: int = 1) -> Callable[[], Task]:
@@ -63,6 +65,7 @@ def _defaults(n_envs: int = 1) -> Callable[[], Task]:
 
 
 _SMALL = (("numpy", "fp32"), ("torch", "fp32"), ("sbx", "fp32"))
+_MUJOCO = (("numpy", "fp32"), ("torch", "fp32"))  # SBX takes no torch module for an activation function
 _LARGE = (("channels_last", "bf16"), ("channels_last", "fp32"), ("torch", "fp32"))
 
 CASES: dict[str, Case] = {
@@ -79,6 +82,24 @@ CASES: dict[str, Case] = {
     ),
     # of all continuous tasks the one with the cheapest steps, so that it is the algorithm that is timed
     "continuous": Case("Pendulum-v1, the zoo's settings for MuJoCo", "Pendulum-v1", 20_480, _defaults(), ("dummy",), _SMALL),
+    "half_cheetah": Case(
+        "HalfCheetah-v5, rl-zoo3's settings",
+        "HalfCheetah-v5",
+        8_192,
+        lambda: load_task("HalfCheetah-v4"),
+        ("dummy",),
+        _MUJOCO,
+        needs="mujoco",
+    ),
+    "hopper": Case(
+        "Hopper-v5, rl-zoo3's settings",
+        "Hopper-v5",
+        16_384,
+        lambda: load_task("Hopper-v4"),
+        ("dummy",),
+        _MUJOCO,
+        needs="mujoco",
+    ),
     "breakout": Case(
         "Breakout, rl-zoo3's settings",
         "BreakoutNoFrameskip-v4",

@@ -32,7 +32,12 @@ def provenance(module: str) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "machine": {
+            "cpu": _cpu_model(),
+            "instructions": th.backends.cpu.get_cpu_capability(),  # the widest that torch uses: AVX2, AVX512, DEFAULT ...
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy", "ale-py")},

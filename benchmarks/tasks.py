@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from rl_zoo3.utils import SimpleLinearSchedule
+from torch import nn
 
 from benchmarks.record import ROOT
 
@@ -57,7 +58,7 @@ def load_task(name: str) -> Task:
     :param name: the entry's
     """
     entry = load_entry(name)
-    n_timesteps, policy, n_envs = (entry.pop(key) for key in ("n_timesteps", "policy", "n_envs"))
+    n_timesteps, policy, n_envs = entry.pop("n_timesteps"), entry.pop("policy"), entry.pop("n_envs", 1)
     normalize = _plain_dict(entry.pop("normalize", False))
     if normalize is not None and "gamma" in entry:
         normalize["gamma"] = entry["gamma"]
@@ -71,10 +72,15 @@ def load_task(name: str) -> Task:
 
 
 def _plain_dict(value: str | bool) -> dict[str, Any] | None:
-    """``True``, or what the zoo would evaluate: ``"dict(a=1)"`` or ``"{'a': 1}"``, of plain values."""
+    """``True``, or what the zoo would evaluate: ``"dict(a=1)"`` or ``"{'a': 1}"``, of plain values and torch's modules."""
     if isinstance(value, bool):
         return {} if value else None
-    tree = ast.parse(value.strip(), mode="eval").body
-    if isinstance(tree, ast.Call):
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
-    return ast.literal_eval(tree)
+    return _literal(ast.parse(value.strip(), mode="eval").body)
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nn":
+        return getattr(nn, node.attr)
+    return ast.literal_eval(node)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ def table(record: Record) -> str:
         lines.append(markdown_table(columns, map(_cells, case["contestants"])))
         lines += [f"\nLeft out: {who} {why}." for who, why in case["skipped"].items()]
         lines.append("")
+    lines += [f"Left out: {CASES[case].title}, which {why}.\n" for case, why in record.get("left_out", {}).items()]
     if "imports" in record:
         extra = record["imports"]["scratch_minus_sb3"]
         lines.append(f"Import: {extra['median']:+.2f} s beside SB3 ({extra['min']:+.2f} to {extra['max']:+.2f}).")
@@ -246,7 +248,10 @@ def make_record(options: argparse.Namespace) -> Record:
         "seed": options.seed,
         "scale": options.scale,
     }
-    record["cases"] = {case: run_case(case, options) for case in CASES if case in wanted}
+    needed = {case: CASES[case].needs for case in CASES if case in wanted}
+    absent = {case: module for case, module in needed.items() if module is not None and find_spec(module) is None}
+    record["left_out"] = {case: f"needs module {module!r}" for case, module in absent.items()}
+    record["cases"] = {case: run_case(case, options) for case in needed if case not in absent}
     if "import" in wanted:
         record["imports"] = time_imports(options.pairs)
     return record

@@ -21,8 +21,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
-from benchmarks import cartpole, components, floor, soak, throughput, timed_run
+from benchmarks import cartpole, components, floor, soak, throughput, timed_run, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
@@ -288,11 +289,35 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "breakout"])
 def test_the_same_task_for_all(case: str) -> None:
+    if CASES[case].needs is not None:
+        pytest.importorskip(CASES[case].needs)
     sb3, scratch = (build(CASES[case], Contestant(engine, "dummy"), seed=4) for engine in ("sb3", "torch"))
     assert type(sb3) is PPO
     assert type(scratch) is ScratchPPO
     for name in ("n_envs", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "seed"):
         assert getattr(sb3, name) == getattr(scratch, name), name
+
+
+def test_cases_whose_environments_are_not_there_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None)
+    options = throughput.parse_options(["--only", "hopper", "--only", "half_cheetah"])
+    record = throughput.make_record(options)
+    assert record["cases"] == {}
+    assert "Left out: Hopper-v5, rl-zoo3's settings, which needs module 'mujoco'." in throughput.table(record)
+
+
+def test_hyperparameters_may_name_modules_of_torch() -> None:
+    arguments = load_task("HalfCheetah-v4").arguments["policy_kwargs"]
+    assert arguments["activation_fn"] is nn.ReLU
+    assert arguments["net_arch"] == {"pi": [256, 256], "vf": [256, 256]}
+
+
+def test_engines_of_the_hyperparameter_files_entries() -> None:
+    found = {name: choice.engine.name for name, choice in zoo_engines.choices().items()}
+    assert found.keys() >= {"CartPole-v1", "HalfCheetah-v4", "MiniGrid-Unlock-v0"}
+    assert found["atari"] == "channels_last"
+    assert found["CartPole-v1"] == found["default"] != "torch"
+    assert all(f"`{engine}`" in zoo_engines.table() for engine in {*found.values()})
 
 
 def test_scaled_to_whole_rollouts() -> None:
