@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.buffer import RolloutData, is_replaceable
 from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
 from sb3_ppo_from_scratch.checks.arguments import (
     check_device,
@@ -42,7 +42,16 @@ from sb3_ppo_from_scratch.checks.arguments import (
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
 from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.losses import PPOLoss
-from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.policies import (
+    MASKABLE,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    SharedMlpPolicy,
+    import_policy,
+    imported,
+    takes_masks,
+)
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
 from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
@@ -57,6 +66,7 @@ from sb3_ppo_from_scratch.safe_files.models import (
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
+from sb3_ppo_from_scratch.vec_env.masks import MaskSource, find_masks, leave_masks_raw
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_observations
 
 __all__ = ["ScratchPPO"]
@@ -118,12 +128,14 @@ class ScratchPPO(RolloutAlgorithm):
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+    policy_aliases: ClassVar[dict[str, type[BasePolicy] | str]] = {  # type: ignore[assignment]  # SB3's are classes
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
+        **MASKABLE,
     }
+    """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
     """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
 
@@ -206,6 +218,10 @@ class ScratchPPO(RolloutAlgorithm):
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
+        self._use_masking = True
+        self._mask_source: MaskSource | None = None
+        self._last_action_masks: np.ndarray | None = None
+        self._warned_of_masks = False
         if _init_setup_model:
             self._setup_model()
             self._check_engine()
@@ -232,12 +248,18 @@ class ScratchPPO(RolloutAlgorithm):
         if policy_name not in self.policy_aliases:
             names = ", ".join(map(repr, self.policy_aliases))
             raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
-        return self.policy_aliases[policy_name]
+        policy = self.policy_aliases[policy_name]
+        return import_policy(policy) if isinstance(policy, str) else policy
+
+    @property
+    def _named_policies(self) -> dict[type[BasePolicy], str]:
+        """The names of policies, as far as they have been imported."""
+        aliases = self.policy_aliases.items()
+        return {imported(policy) if isinstance(policy, str) else policy: name for name, policy in aliases}
 
     @property
     def _policy_name(self) -> str:
-        names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
-        return names.get(self.policy_class, self.policy_class.__name__)
+        return self._named_policies.get(self.policy_class, self.policy_class.__name__)
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
@@ -252,7 +274,7 @@ class ScratchPPO(RolloutAlgorithm):
                 self.observation_space,
                 self.action_space,
                 self.lr_schedule,
-                use_sde=self.use_sde,
+                **({} if takes_masks(self.policy_class) else {"use_sde": self.use_sde}),  # a maskable one has no gSDE
                 **self.policy_kwargs,
             )
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
@@ -295,7 +317,7 @@ class ScratchPPO(RolloutAlgorithm):
     def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
-        if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
+        if is_replaceable(buffer_class):
             buffer_class = self._current_engine().buffer_class
         return buffer_class(
             self.n_steps,
@@ -349,6 +371,7 @@ class ScratchPPO(RolloutAlgorithm):
         tb_log_name: str = "ScratchPPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        use_masking: bool = True,
     ) -> SelfScratchPPO:
         """
         Train: collect a rollout, update the policy on it, log both, until ``total_timesteps`` steps are done.
@@ -359,13 +382,17 @@ class ScratchPPO(RolloutAlgorithm):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: whether steps count from 0; if not, ``total_timesteps`` come on top of those done
         :param progress_bar: show one (needs tqdm and rich)
+        :param use_masking: whether a maskable policy gets the masks of its environments
         :return: the model
+        :raises ValueError: if its environments give none; see :mod:`sb3_ppo_from_scratch.vec_env.masks`
         """
         check_number("total_timesteps", total_timesteps, 0.0, finite=False)
         if log_interval is not None:
             check_integer("log_interval", log_interval, 1)
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
+        check_flag("use_masking", use_masking)
+        self._use_masking = use_masking
         self._resumed = None
         iteration = 0
         total_timesteps, callback = self._setup_learn(
@@ -400,10 +427,12 @@ class ScratchPPO(RolloutAlgorithm):
         total_timesteps, log_interval, tb_log_name = (
             resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
         )
+        self._use_masking = use_masking = resumed.learn.get("use_masking") is not False
         iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         callback.on_training_start(locals(), globals())
         with explained_failures():
             resumed.restore_run(self, callback)
+            self._find_masks()
         resumed.announce(self.num_timesteps)
         self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
         return self
@@ -452,8 +481,13 @@ class ScratchPPO(RolloutAlgorithm):
         self._check_trainable()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
+        if self._masks_actions:
+            leave_masks_raw(self.env)
         with explained_failures():
             prepared = super()._setup_learn(*args, **kwargs)
+            if self._last_obs is not before:
+                self._last_action_masks = None
+            self._find_masks()
         if self._last_obs is not before:
             self._guard = None
             try:
@@ -462,6 +496,19 @@ class ScratchPPO(RolloutAlgorithm):
                 self._last_obs = None
                 raise
         return prepared
+
+    @property
+    def _masks_actions(self) -> bool:
+        return self._use_masking and takes_masks(type(self.policy))
+
+    def _find_masks(self) -> None:
+        """Where the masks of this ``learn`` come from, if it has any."""
+        assert self.env is not None  # its callers have looked
+        self._mask_source = None
+        if self._masks_actions:
+            self._mask_source = find_masks(self.env, self.action_space, self._last_action_masks)
+            if self.verbose >= 1:
+                print(f"Actions are masked by {self._mask_source.name}")
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callback = super()._init_callback(callback, progress_bar)
@@ -638,10 +685,13 @@ class ScratchPPO(RolloutAlgorithm):
             "_engine",
             "_guard",
             "_is_training",
+            "_mask_source",
             "_nan_understood",
             "_resumed",
             "_scheduled_rate",
             "_train_metrics",
+            "_use_masking",
+            "_warned_of_masks",
             "_warned_of_skipped",
         ]
         return [*super()._excluded_save_params(), *ours]

@@ -85,7 +85,7 @@ def capture_run(
         env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
     callbacks = [(name, _capture_callback(each, copies / _place(name), try_out)) for name, each in named_callbacks(callback)]
     parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
-    learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
+    learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name", "use_masking")}
     return {
         "n_envs": model.n_envs,
         "model": saved_model.getvalue(),
@@ -182,6 +182,7 @@ class Resumed:
             return
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+        vars(model)["_last_action_masks"] = None  # those of the new episodes are in the infos of this reset
 
     def restore_run(self, model: OnPolicyAlgorithm, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""

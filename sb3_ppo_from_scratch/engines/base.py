@@ -96,11 +96,13 @@ class Engine(ABC):
         """Called when training ends: parameters and the optimizer's state go back to where they were."""
 
     @abstractmethod
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
         """
         Sample one action per environment.
 
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
+        :param action_masks: ``[n_envs, n_choices]``, bool, which actions are allowed, for a policy that takes masks; ``None``
+            for all. An engine that cannot mask refuses such policies.
         :raises NonFiniteError: if the policy's probabilities are NaN
         """
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import FloatSchedule
@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from sb3_ppo_from_scratch.checks.arguments import errors_for_assertions
 from sb3_ppo_from_scratch.errors import UnsafeFileError
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.safe_files.archive import read_archive, read_bytes
 from sb3_ppo_from_scratch.safe_files.old_schedules import UnreadSchedule
 from sb3_ppo_from_scratch.safe_files.parts import check_schedule, check_space, is_number
@@ -210,12 +211,15 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_NUMBERS, (is_number, "a number")),
     **dict.fromkeys(("use_sde", "normalize_advantage"), (_is_flag, "True or False")),
     **dict.fromkeys(("engine", "precision", "nan_policy"), (_is_text, "a name")),
-    "policy_class": (lambda value: _is_subclass(value, ActorCriticPolicy), "a subclass of ActorCriticPolicy"),
+    "policy_class": (
+        lambda value: _is_subclass(value, ActorCriticPolicy) or (_is_subclass(value, BasePolicy) and takes_masks(value)),
+        "a subclass of ActorCriticPolicy, or a maskable policy",
+    ),
     "rollout_buffer_class": (lambda value: _is_subclass(value, RolloutBuffer), "a subclass of RolloutBuffer"),
     **dict.fromkeys(("policy_kwargs", "rollout_buffer_kwargs"), (lambda value: isinstance(value, dict), "a dict")),
     **dict.fromkeys(_RECORDS, (lambda value: isinstance(value, deque | list), "a list")),
     **dict.fromkeys(("_last_obs", "_last_original_obs"), (_is_observation, "an array, or a dict of arrays")),
-    "_last_episode_starts": (lambda value: isinstance(value, np.ndarray), "an array"),
+    **dict.fromkeys(("_last_episode_starts", "_last_action_masks"), (lambda value: isinstance(value, np.ndarray), "an array")),
     "action_noise": (lambda value: False, "None"),
     "tensorboard_log": (lambda value: _is_text(value) or isinstance(value, pathlib.PurePath), "a path"),
 }

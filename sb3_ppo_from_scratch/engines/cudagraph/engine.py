@@ -77,7 +77,7 @@ class CudaGraphEngine(HeadsEngine):
             self._player, self._addresses = None, addresses
 
     @override
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
         """Values and the rest stay on the device."""
         if self._player is None or not self._player.fits(obs):
             self._player = Player(self.heads, obs, self.policy.action_space)

@@ -27,15 +27,24 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
+from sb3_ppo_from_scratch.distributions import choices
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
-from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
+from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
+    BernoulliHead,
+    CategoricalHead,
+    GaussianHead,
+    Head,
+    forbidden,
+    mask_out,
+)
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["NumpyEngine"]
@@ -102,6 +111,8 @@ class NumpyEngine(Engine):
 
     def _make_head(self) -> Head:
         distribution = self.policy.action_dist
+        if takes_masks(type(self.policy)):
+            return CategoricalHead(choices(self.policy.action_space))
         if isinstance(distribution, CategoricalDistribution):
             return CategoricalHead([distribution.action_dim])
         if isinstance(distribution, MultiCategoricalDistribution):
@@ -115,11 +126,13 @@ class NumpyEngine(Engine):
 
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
         head = self.head
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with single_threaded(len(features) * self.network.largest_layer):
             outputs, values = self.network.forward(features)
+        if action_masks is not None:
+            mask_out(outputs, forbidden(action_masks))
         dist = head.forward(outputs)
         actions = head.sample(dist)
         log_prob = head.log_prob(dist, head.encode(actions))

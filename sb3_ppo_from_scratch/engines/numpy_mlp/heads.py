@@ -18,10 +18,29 @@ from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 
-__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head"]
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head", "forbidden", "mask_out"]
+
+_MASKED = -1e8
+"""The output of a choice that is not allowed, as in sb3-contrib: its probability and all that depends on it are exactly 0, and
+no difference of two such logits is NaN, as it would be with minus infinity."""
 
 _arange = lru_cache(maxsize=8)(np.arange)
 _LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
+
+
+def forbidden(masks: np.ndarray) -> np.ndarray:
+    """From masks ``[B, n_outputs]`` to what :func:`mask_out` takes, ``[n_outputs, B]``."""
+    return np.ascontiguousarray(~masks.T)
+
+
+def mask_out(outputs: np.ndarray, where: np.ndarray) -> None:
+    """
+    Let choices that are not allowed have no probability, in place.
+
+    :param outputs: ``[n_outputs, B]``
+    :param where: likewise, of :func:`forbidden`
+    """
+    np.copyto(outputs, _MASKED, where=where)
 
 
 class Head(ABC):
