@@ -16,7 +16,15 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_from_scratch.advantages import compute_gae
 
-__all__ = ["RolloutData", "ScratchRolloutBuffer", "action_dtype", "is_channels_last", "is_ours", "is_replaceable", "minibatch_source"]
+__all__ = [
+    "RolloutData",
+    "ScratchRolloutBuffer",
+    "action_dtype",
+    "is_channels_last",
+    "is_ours",
+    "is_replaceable",
+    "minibatch_source",
+]
 
 Observations = th.Tensor | dict[str, th.Tensor]
 Extras = Mapping[str, th.Tensor]
@@ -359,9 +367,9 @@ def is_ours(buffer: RolloutBuffer) -> TypeGuard[ScratchRolloutBuffer]:
     return isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get
 
 
-def is_replaceable(buffer_class: type[RolloutBuffer] | None) -> bool:
+def is_replaceable(buffer_class: type[RolloutBuffer]) -> bool:
     """Whether ours may stand in for a class: SB3's and sb3-contrib's own, as their files name them, hold the same data."""
-    return buffer_class in (None, RolloutBuffer, DictRolloutBuffer) or buffer_class.__module__.startswith("sb3_contrib.")
+    return buffer_class in (RolloutBuffer, DictRolloutBuffer) or buffer_class.__module__.startswith("sb3_contrib.")
 
 
 def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:

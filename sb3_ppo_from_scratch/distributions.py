@@ -40,7 +40,9 @@ def choices(space: spaces.Space) -> list[int]:
         return [int(size) for size in space.nvec]
     if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
         return [2] * space.shape[0]
-    raise ValueError(f"actions can be masked in a Discrete, MultiDiscrete or MultiBinary space of one dimension, not in {space}")
+    raise ValueError(
+        f"actions can be masked in a Discrete, MultiDiscrete or MultiBinary space of one dimension, not in {space}"
+    )
 
 
 def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:

@@ -317,7 +317,7 @@ class ScratchPPO(RolloutAlgorithm):
     def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
-        if is_replaceable(buffer_class):
+        if buffer_class is None or is_replaceable(buffer_class):
             buffer_class = self._current_engine().buffer_class
         return buffer_class(
             self.n_steps,

@@ -72,7 +72,7 @@ def _check_maskable(model: Any, name: str) -> None:
     if model.use_sde:
         raise ValueError(f"use_sde must be False for {name}, not True: gSDE is for Box actions, which cannot be masked")
     buffer_class = model.rollout_buffer_class
-    if not is_replaceable(buffer_class) and not issubclass(buffer_class, ScratchRolloutBuffer):
+    if not (buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)):
         raise ValueError(
             f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {name}, for masks are to be kept, not "
             f"{buffer_class.__name__}"

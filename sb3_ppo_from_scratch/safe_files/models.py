@@ -35,7 +35,6 @@ from torch.overrides import TorchFunctionMode
 
 from sb3_ppo_from_scratch.checks.arguments import errors_for_assertions
 from sb3_ppo_from_scratch.errors import UnsafeFileError
-from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.safe_files.archive import read_archive, read_bytes
 from sb3_ppo_from_scratch.safe_files.old_schedules import UnreadSchedule
 from sb3_ppo_from_scratch.safe_files.parts import check_schedule, check_space, is_number
@@ -211,10 +210,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_NUMBERS, (is_number, "a number")),
     **dict.fromkeys(("use_sde", "normalize_advantage"), (_is_flag, "True or False")),
     **dict.fromkeys(("engine", "precision", "nan_policy"), (_is_text, "a name")),
-    "policy_class": (
-        lambda value: _is_subclass(value, ActorCriticPolicy) or (_is_subclass(value, BasePolicy) and takes_masks(value)),
-        "a subclass of ActorCriticPolicy, or a maskable policy",
-    ),
+    "policy_class": (lambda value: _is_subclass(value, BasePolicy), "a subclass of BasePolicy"),
     "rollout_buffer_class": (lambda value: _is_subclass(value, RolloutBuffer), "a subclass of RolloutBuffer"),
     **dict.fromkeys(("policy_kwargs", "rollout_buffer_kwargs"), (lambda value: isinstance(value, dict), "a dict")),
     **dict.fromkeys(_RECORDS, (lambda value: isinstance(value, deque | list), "a list")),

@@ -3,8 +3,8 @@ Which actions each environment allows, and how it says so.
 
 An environment has a method ``action_masks()`` (sb3-contrib's protocol, through every wrapper; ``ActionMasker`` adds one), or a
 Dict observation with the key ``"action_mask"``, or puts ``"action_mask"`` into its infos, those of ``reset`` included. A mask
-has one entry per choice: n for ``Discrete(n)``, those of all dimensions side by side for ``MultiDiscrete``, and two per bit (0,
-then 1) for ``MultiBinary``.
+has one entry per choice: n for ``Discrete(n)``, those of all dimensions side by side for ``MultiDiscrete``, and two per bit
+(0, then 1) for ``MultiBinary``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _FromInfo(MaskSource):
         for row, mask in enumerate(masks):
             if mask is None and not ignored[row]:
                 raise ValueError(
-                    f"the info of environment {row} has no {KEY!r}; one is needed in every step, and in the info of every reset"
+                    f"the info of environment {row} has no {KEY!r}; it is needed in every step's, and in every reset's"
                 )
         like = next((np.shape(mask) for mask in masks if mask is not None), sum(self.sizes))
         given = [np.ones(like, bool) if mask is None else mask for mask in masks]
@@ -142,11 +142,11 @@ def find_masks(env: VecEnv, action_space: spaces.Space, kept: np.ndarray | None 
         return _FromMethod(env, action_space)
     if isinstance(env.observation_space, spaces.Dict) and KEY in env.observation_space.spaces:
         return _FromObservation(env, action_space)
-    if kept is not None or all(KEY in info for info in env.unwrapped.reset_infos):  # type: ignore[attr-defined]  # any VecEnv
+    if kept is not None or all(KEY in info for info in env.unwrapped.reset_infos):
         return _FromInfo(env, action_space)
     raise ValueError(
-        f"env does not say which actions it allows: it needs a method {METHOD}() (sb3-contrib's wrapper ActionMasker adds one), "
-        f"a Dict observation with the key {KEY!r}, or {KEY!r} in the infos of reset and step. "
+        f"env does not say which actions it allows: it needs a method {METHOD}() (sb3-contrib's wrapper ActionMasker adds "
+        f"one), a Dict observation with the key {KEY!r}, or {KEY!r} in the infos of reset and step. "
         "learn(use_masking=False) trains without masks"
     )
 
@@ -206,7 +206,7 @@ def _levels(env: VecEnv) -> list[VecEnv]:
 
 
 def _method_of_all(env: VecEnv) -> Any:
-    """A method that answers for all environments at once, of a ``VecEnv`` or a vector environment; ``None`` if there is none."""
+    """A method that answers for all environments at once, of a ``VecEnv`` or vector environment; ``None`` if there is none."""
     for level in _levels(env):
         if callable(getattr(type(level), METHOD, None)):
             return getattr(level, METHOD)

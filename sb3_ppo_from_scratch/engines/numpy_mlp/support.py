@@ -43,9 +43,13 @@ _MASKED_DISTRIBUTIONS = [
 def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
     """What about ``policy`` or its optimizer is not computed by hand; ``None`` if nothing."""
     if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy, imported(MASKABLE["MaskableMlpPolicy"])):
-        return f"it computes MlpPolicy, SharedMlpPolicy and MaskableMlpPolicy, and the policy is of type {type(policy).__name__}"
+        return (
+            f"it computes MlpPolicy, SharedMlpPolicy and MaskableMlpPolicy, and the policy is of type {type(policy).__name__}"
+        )
     if type(policy.action_dist) not in (*_DISTRIBUTIONS, *map(imported, _MASKED_DISTRIBUTIONS)):
-        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * getattr(policy, "use_sde", False)
+        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * getattr(
+            policy, "use_sde", False
+        )
     if name := replaced_method(policy.action_dist):
         return f"the action distribution's {name} was replaced"
     if reason := modified_reason(policy, _BUILT_INS) or _structure_reason(policy):

@@ -65,9 +65,7 @@ class TorchEngine(Engine):
         """What the policy has acted with, or evaluated actions with, last; ``None`` if it keeps none."""
         return getattr(self.policy, "action_dist", None)
 
-    def sample(
-        self, obs: PyTorchObs, action_masks: np.ndarray | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """From ``[n_envs, *obs_shape]`` to actions, values ``[n_envs, 1]`` and log-probabilities ``[n_envs]``."""
         return self.policy(obs) if action_masks is None else self.policy(obs, action_masks=action_masks)
 
@@ -163,9 +161,7 @@ class HeadsEngine(TorchEngine):
         """Values ``[batch_size, 1]`` and the distribution of the actions, in float32."""
 
     @override
-    def sample(
-        self, obs: PyTorchObs, action_masks: np.ndarray | None = None
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         values, distribution = self._masked_heads(obs, action_masks)
         actions = distribution.get_actions()
         log_probs = distribution.log_prob(actions)
