@@ -18,7 +18,7 @@ import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -41,6 +41,7 @@ from sb3_ppo_from_scratch.checks.arguments import (
 )
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
 from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
     MASKABLE,
@@ -66,7 +67,7 @@ from sb3_ppo_from_scratch.safe_files.models import (
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
-from sb3_ppo_from_scratch.vec_env.masks import MaskSource, find_masks, leave_masks_raw
+from sb3_ppo_from_scratch.vec_env.masks import KEY, MaskSource, find_masks, leave_masks_raw, masks_given
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_observations
 
 __all__ = ["ScratchPPO"]
@@ -392,7 +393,7 @@ class ScratchPPO(RolloutAlgorithm):
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
         check_flag("use_masking", use_masking)
-        self._use_masking = use_masking
+        self._use_masking = bool(use_masking)
         self._resumed = None
         iteration = 0
         total_timesteps, callback = self._setup_learn(
@@ -427,7 +428,6 @@ class ScratchPPO(RolloutAlgorithm):
         total_timesteps, log_interval, tb_log_name = (
             resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
         )
-        self._use_masking = use_masking = resumed.learn.get("use_masking") is not False
         iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
         callback.on_training_start(locals(), globals())
         with explained_failures():
@@ -516,6 +516,8 @@ class ScratchPPO(RolloutAlgorithm):
             for env in vars(each).values():  # those to evaluate in, say
                 if isinstance(env, VecEnv):
                     watch_workers(env)
+            if isinstance(each, EvalCallback) and self._masks_actions and not hasattr(each, "use_masking"):  # contrib's has
+                mask_evaluation(self, each)
         return callback
 
     def train(self) -> None:
@@ -595,6 +597,51 @@ class ScratchPPO(RolloutAlgorithm):
                 "(nan_policy='skip'); train/skipped_minibatches counts them, and this warning comes once",
                 stacklevel=4,
             )
+
+    # ------------------------------------------------------------------ acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The policy's actions.
+
+        :param observation: one, or ``[n_envs, *obs_shape]``, or a dict of such
+        :param state: of a recurrent policy, before
+        :param episode_start: ``[n_envs]``, where that state is to be forgotten
+        :param deterministic: whether to take the most probable actions instead of sampling
+        :param action_masks: ``[n_choices]`` or ``[n_envs, n_choices]``, which actions are allowed, for a maskable policy.
+            If not given, those that a Dict observation has as ``"action_mask"``; without such, all are, with one warning.
+        :return: actions, and the state after
+        :raises ValueError: for masks of another shape, ones that allow nothing, or with a policy that is not maskable
+        """
+        if not takes_masks(type(self.policy)):
+            if action_masks is not None:
+                raise ValueError(f"action_masks must be None for {self._policy_name}, which is no maskable policy")
+            return super().predict(observation, state, episode_start, deterministic)
+        if action_masks is None and self._use_masking:
+            action_masks = self._masks_in(observation)
+        if action_masks is not None:
+            action_masks = masks_given(action_masks, observation, self.observation_space, self.action_space)
+        policy: Any = self.policy
+        return policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+
+    def _masks_in(self, observation: Any) -> np.ndarray | None:
+        if isinstance(observation, dict) and KEY in observation:
+            return observation[KEY]
+        if not self._warned_of_masks:
+            self._warned_of_masks = True
+            warnings.warn(
+                "predict() was given no action_masks, and chooses among all actions: pass action_masks=..., or evaluate with "
+                "sb3_ppo_from_scratch.evaluation.evaluate_policy, which asks the environments. This warning comes once",
+                stacklevel=3,
+            )
+        return None
 
     # ------------------------------------------------------------------ saving
 
@@ -690,7 +737,6 @@ class ScratchPPO(RolloutAlgorithm):
             "_resumed",
             "_scheduled_rate",
             "_train_metrics",
-            "_use_masking",
             "_warned_of_masks",
             "_warned_of_skipped",
         ]

@@ -85,7 +85,7 @@ def capture_run(
         env["problems"] = list(dict.fromkeys([*env["problems"], *known.problems]))
     callbacks = [(name, _capture_callback(each, copies / _place(name), try_out)) for name, each in named_callbacks(callback)]
     parts = [env, *(part for _, state in callbacks for part in state["envs"].values())]
-    learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name", "use_masking")}
+    learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
     return {
         "n_envs": model.n_envs,
         "model": saved_model.getvalue(),

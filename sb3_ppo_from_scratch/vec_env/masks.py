@@ -9,18 +9,30 @@ has one entry per choice: n for ``Discrete(n)``, those of all dimensions side by
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_ppo_from_scratch.distributions import choices
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 from sb3_ppo_from_scratch.vec_env.wrappers import with_reset_rows
 
-__all__ = ["KEY", "METHOD", "MaskSource", "as_masks", "find_masks", "leave_masks_raw"]
+__all__ = [
+    "KEY",
+    "METHOD",
+    "MaskSource",
+    "as_masks",
+    "find_masks",
+    "keep_infos",
+    "kept_infos",
+    "leave_masks_raw",
+    "masks_given",
+]
 
 METHOD = "action_masks"
 """The name of an environment's method."""
@@ -41,7 +53,7 @@ class MaskSource(ABC):
     def __init__(self, env: VecEnv, action_space: spaces.Space):
         self.env = env
         self.sizes = choices(action_space)
-        self._starts = np.cumsum([0, *self.sizes[:-1]])
+        self._starts = starts(self.sizes)
         self._native = with_reset_rows(env)
 
     def __call__(self, obs: Any, kept: np.ndarray | None, step: int) -> np.ndarray:
@@ -56,25 +68,21 @@ class MaskSource(ABC):
         :raises ValueError: for masks of another shape, or one that allows nothing, naming the environment; the action before a
             reset row is none, and what its mask says does not matter
         """
-        masks = as_masks(self._ask(obs, kept, step), self.env.num_envs, sum(self.sizes), f"at step {step} of the rollout")
+        masks = as_masks(self._ask(obs, kept), self.env.num_envs, sum(self.sizes), f"at step {step} of the rollout")
         if self._native is not None and self._native.resetting.any():
             masks = masks | self._native.resetting[:, None]
-        allowed = np.logical_or.reduceat(masks, self._starts, axis=1)
-        if not allowed.all():
-            row, part = np.argwhere(~allowed)[0].tolist()
-            where = f", in dimension {part}" if len(self.sizes) > 1 else ""
-            raise ValueError(f"the mask of environment {row} allows no action (at step {step} of the rollout{where})")
+        check_allowed(masks, self._starts, f"at step {step} of the rollout")
         return masks
 
     @abstractmethod
-    def _ask(self, obs: Any, kept: np.ndarray | None, step: int) -> Any:
+    def _ask(self, obs: Any, kept: np.ndarray | None) -> Any:
         """Masks as the environments give them."""
 
     def after_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray | None:
         """
         What a step said about the next one's masks, for a checkpoint to keep.
 
-        :param dones: ``[n_envs]``, whether the next observation begins an episode
+        :param dones: ``[n_envs]``, of the step
         :param infos: of the step, one per environment
         :return: ``[n_envs, n_choices]``; ``None`` where the masks are asked for when they are needed
         """
@@ -90,14 +98,14 @@ class _FromMethod(MaskSource):
         super().__init__(env, action_space)
         self._of_all = _method_of_all(env)
 
-    def _ask(self, obs: Any, kept: np.ndarray | None, step: int) -> Any:
+    def _ask(self, obs: Any, kept: np.ndarray | None) -> Any:
         return self.env.env_method(METHOD) if self._of_all is None else self._of_all()
 
 
 class _FromObservation(MaskSource):
     name = f"the observation's key {KEY!r}"
 
-    def _ask(self, obs: Any, kept: np.ndarray | None, step: int) -> Any:
+    def _ask(self, obs: Any, kept: np.ndarray | None) -> Any:
         return obs[KEY]
 
 
@@ -106,10 +114,12 @@ class _FromInfo(MaskSource):
 
     name = f"the infos' key {KEY!r}"
 
-    def _ask(self, obs: Any, kept: np.ndarray | None, step: int) -> Any:
+    def _ask(self, obs: Any, kept: np.ndarray | None) -> Any:
         return self._stack(self._reset_infos()) if kept is None else kept
 
     def after_step(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        if self._native is not None:
+            dones = dones | self._native.reset_rows  # what follows a reset row begins an episode
         current = [reset if done else info for done, reset, info in zip(dones, self._reset_infos(), infos, strict=True)]
         return self._stack(current)
 
@@ -163,6 +173,93 @@ def leave_masks_raw(env: VecEnv) -> None:
     for level in _levels(env):
         if isinstance(level, VecNormalize) and level.norm_obs and KEY in (level.norm_obs_keys or ()):
             level.norm_obs_keys = [key for key in level.norm_obs_keys or () if key != KEY]
+
+
+# ------------------------------------------------------- the infos of evaluations
+
+
+class _InfoKeeper(VecEnvWrapper):
+    """Remembers what the last step said, for those who are shown observations only."""
+
+    kept_infos: tuple[np.ndarray, list[dict[str, Any]]] | None = None
+
+    def reset(self) -> VecEnvObs:
+        self.kept_infos = None
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self.kept_infos = dones, infos
+        return obs, rewards, dones, infos
+
+
+def keep_infos(env: VecEnv) -> VecEnv:
+    """
+    Keep the infos of each step for :func:`kept_infos`, if nothing but them can say which actions are allowed.
+
+    :param env: any ``VecEnv``. Its wrappers stay the outer ones: SB3 compares those of training and evaluation.
+    :return: ``env``, or what stands for it now
+    """
+    levels = _levels(env)
+    in_observations = isinstance(env.observation_space, spaces.Dict) and KEY in env.observation_space.spaces
+    if in_observations or isinstance(levels[-2:][0], _InfoKeeper) or _has_method(env):
+        return env
+    keeper = _InfoKeeper(levels[-1])
+    if len(levels) == 1:
+        return keeper
+    levels[-2].venv = keeper  # type: ignore[attr-defined]  # a wrapper
+    return env
+
+
+def kept_infos(env: VecEnv) -> tuple[np.ndarray, list[dict[str, Any]]] | None:
+    """``dones`` and ``infos`` of the last step; ``None`` after a reset, or where they are not kept."""
+    keeper = next((level for level in _levels(env) if isinstance(level, _InfoKeeper)), None)
+    return None if keeper is None else keeper.kept_infos
+
+
+# ------------------------------------------------------- checks
+
+
+def starts(sizes: list[int]) -> np.ndarray:
+    """Where the entries of each part of an action begin in a mask."""
+    return np.cumsum([0, *sizes[:-1]])
+
+
+def check_allowed(masks: np.ndarray, starts: np.ndarray, where: str) -> None:
+    """
+    :param masks: ``[n_envs, n_choices]``, bool
+    :param starts: of the parts of an action
+    :param where: the end of the message
+    :raises ValueError: if one allows nothing: sb3-contrib would then choose among all actions, without a word
+    """
+    allowed = np.logical_or.reduceat(masks, starts, axis=1)
+    if not allowed.all():
+        row, part = np.argwhere(~allowed)[0].tolist()
+        which = f" in dimension {part}" if len(starts) > 1 else ""
+        raise ValueError(f"the mask of environment {row} allows no action{which}{_end(where)}")
+
+
+def masks_given(value: Any, observation: Any, observation_space: spaces.Space, action_space: spaces.Space) -> np.ndarray:
+    """
+    Masks as ``predict`` is given them.
+
+    :param value: ``[n_choices]`` or ``[n_envs, n_choices]``
+    :param observation: one, or ``[n_envs, *obs_shape]``, or a dict of such
+    :param observation_space: theirs
+    :param action_space: of the actions
+    :return: ``[n_envs, n_choices]``, bool
+    :raises TypeError: if they are not numbers
+    :raises ValueError: if they do not fit, or if one allows no action
+    """
+    sizes = choices(action_space)
+    if isinstance(observation_space, spaces.Dict):
+        key, observation_space = next(iter(observation_space.spaces.items()))
+        observation = observation[key]
+    n_envs = np.size(observation) // max(1, math.prod(observation_space.shape or ()))
+    where = "as given to predict(); VecNormalize's norm_obs_keys must leave out 'action_mask'"
+    masks = as_masks(value, n_envs, sum(sizes), where if np.asarray(value).dtype.kind == "f" else "as given to predict()")
+    check_allowed(masks, starts(sizes), "as given to predict()")
+    return masks
 
 
 def as_masks(value: Any, n_envs: int, n_choices: int, where: str = "") -> np.ndarray:
