@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import warnings
@@ -20,11 +19,10 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.distributions import MaskableCategorical
 from sb3_contrib.common.maskable.evaluation import evaluate_policy as contribs_evaluate_policy
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy as sb3_evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -32,7 +30,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
-from sb3_ppo_from_scratch.engines import choose_engine
 from sb3_ppo_from_scratch.evaluation import evaluate_policy
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
 from tests.helpers import assert_same_model
@@ -69,7 +66,7 @@ class MaskedEnv(gym.Env):
         self.observation_space = spaces.Dict(keys) if self.is_dict else vector
         self.forbidden_taken = 0
         if way == "method":
-            self.action_masks = lambda: self.mask.copy()
+            self.action_masks = self._mask
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -83,6 +80,9 @@ class MaskedEnv(gym.Env):
         self.steps += 1
         obs, info = self._show()
         return obs, reward, bool(self.np_random.random() < 0.1), self.steps >= 12, info
+
+    def _mask(self) -> np.ndarray:
+        return self.mask.copy()
 
     def _show(self) -> tuple[Any, dict[str, Any]]:
         self.mask = self.np_random.random(sum(self.sizes)) < 0.5
@@ -326,3 +326,207 @@ def test_a_mask_that_allows_nothing_is_an_error() -> None:
         model.learn(32)
     with pytest.raises(ValueError, match=r"environment 1 allows no action in dimension 1"):
         model.predict(np.zeros((2, 3)), action_masks=np.array([[1, 1, 1, 1], [0, 1, 0, 0]]))
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("policy", ["MaskableMlpPolicy", "MaskableMultiInputPolicy"])
+def test_files_of_either_train_on_in_the_other(policy: str, tmp_path: Path) -> None:
+    """The safe reader reads MaskablePPO's; all ways give the bits of MaskablePPO to MaskablePPO."""
+    name = policy.removeprefix("Maskable")
+    make_env = partial(make, 2, observes=policy.endswith("InputPolicy"))
+
+    def go_on(saver: type, loader: type) -> Any:
+        path = tmp_path / f"{saver.__name__}-{loader.__name__}.zip"
+        kwargs = {cls: {"engine": "torch"} if cls is ScratchPPO else {} for cls in (saver, loader)}
+        saver(policy if saver is ScratchPPO else name, make_env(), **SMALL, **kwargs[saver]).learn(64).save(path)
+        return loader.load(path, make_env(), device="cpu", **kwargs[loader]).learn(64)
+
+    reference = go_on(MaskablePPO, MaskablePPO)
+    for saver, loader in ((MaskablePPO, ScratchPPO), (ScratchPPO, MaskablePPO), (ScratchPPO, ScratchPPO)):
+        assert_same_model(go_on(saver, loader), reference)
+
+
+def test_models_are_copied_and_pickled_with_their_masks() -> None:
+    import copy
+    import pickle
+
+    model = ScratchPPO("MaskableMlpPolicy", make(2, way="info"), **SMALL).learn(32)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
+        th.manual_seed(0)
+        np.random.seed(0)
+        twin.learn(32, reset_num_timesteps=False)
+        assert forbidden(twin.env) == 0
+    assert_same_model(*twins)
+
+
+_RUN = """
+import os, signal, sys
+from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
+from stable_baselines3.common.callbacks import ConvertCallback
+from tests.test_masks import SMALL, make
+
+def kill(locals, globals):
+    if locals["self"].num_timesteps >= int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+env = make(2, way=sys.argv[2], normalized=sys.argv[2] == "info")
+policy = "MaskableMultiInputPolicy" if sys.argv[2] == "observation" else "MaskableMlpPolicy"
+ScratchPPO(policy, env, **SMALL).learn(320, callback=[ResumableCheckpoint(64, sys.argv[1]), ConvertCallback(kill)])
+"""
+
+
+@pytest.mark.parametrize("way", ["method", "observation", "info"])
+def test_a_killed_run_goes_on_with_the_same_bits(way: str, tmp_path: Path) -> None:
+    """The masks of the next step are known again, though infos are gone."""
+    command = [sys.executable, "-c", _RUN, str(tmp_path / "run"), way, "200"]
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert result.returncode == -9, result.stderr
+    make_env = partial(make, 2, way=way, normalized=way == "info")
+    policy = "MaskableMultiInputPolicy" if way == "observation" else "MaskableMlpPolicy"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = ScratchPPO.resume(tmp_path / "run", make_env(), device="cpu")
+        assert resumed.num_timesteps == 192
+        resumed.continue_learning(ResumableCheckpoint(64, tmp_path / "run"))
+    whole = ScratchPPO(policy, make_env(), **SMALL).learn(320, callback=ResumableCheckpoint(64, tmp_path / "other"))
+    assert_same_model(resumed, whole)
+    assert forbidden(resumed.env) == 0
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Watching(EvalCallback):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("callback", [EvalCallback, Watching, MaskableEvalCallback])
+@pytest.mark.parametrize("way", ["method", "observation", "info"])
+def test_evaluations_while_learning_have_masks(callback: type[EvalCallback], way: str, tmp_path: Path) -> None:
+    if callback is MaskableEvalCallback and way != "method":
+        pytest.skip("contrib's knows the method only")
+    policy = "MaskableMultiInputPolicy" if way == "observation" else "MaskableMlpPolicy"
+    keys = {"norm_obs_keys": ["vector"]} if way == "observation" else {}
+    env, eval_env = (VecNormalize(make(2, way=way), **keys) for _ in range(2))
+    evaluating = callback(eval_env, eval_freq=16, n_eval_episodes=4, best_model_save_path=str(tmp_path), verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ScratchPPO(policy, env, **{**SMALL, "batch_size": 16}).learn(64, callback=evaluating)
+        model.learn(64, callback=evaluating, reset_num_timesteps=False)
+    assert evaluating.n_calls == 64
+    assert forbidden(evaluating.eval_env) == 0
+    assert isinstance(evaluating.model, ScratchPPO)
+    assert_same_model(evaluating.model, model)
+    ScratchPPO.load(tmp_path / "best_model")
+
+
+def test_evaluating_a_model() -> None:
+    """Ours and contrib's with masks; SB3's where they are in the observations, and elsewhere with one warning."""
+    env = make(2)
+    model = ScratchPPO("MaskableMlpPolicy", env, **{**SMALL, "batch_size": 16}).learn(32)
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=4)
+    assert isinstance(mean, float)
+    contribs_evaluate_policy(model, env, n_eval_episodes=4)
+    evaluate_policy(model, Monitor(MaskedEnv()), n_eval_episodes=4)
+    assert forbidden(env) == 0
+    with pytest.warns(UserWarning, match="no action_masks") as caught:
+        sb3_evaluate_policy(model, env, n_eval_episodes=4)
+    assert len(caught) == 1
+    assert forbidden(env) > 0
+    plain = PPO("MlpPolicy", make(way="none"), **{**SMALL, "batch_size": 16})
+    evaluate_policy(plain, plain.env, n_eval_episodes=2)
+
+    env = make(2, way="observation")
+    model = ScratchPPO("MaskableMultiInputPolicy", env, **{**SMALL, "batch_size": 16})
+    sb3_evaluate_policy(model, env, n_eval_episodes=4)
+    assert forbidden(env) == 0
+    obs = env.reset()
+    action, _ = model.predict({key: value[0] for key, value in obs.items()})
+    assert obs["action_mask"][0, action]
+    obs["action_mask"] = obs["action_mask"] * 0.3
+    with pytest.raises(ValueError, match="norm_obs_keys"):
+        model.predict(obs)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def masked_by(masks: Callable[[gym.Env], Any]) -> gym.Env:
+    return ActionMasker(MaskedEnv(way="none"), masks)
+
+
+@pytest.mark.parametrize(
+    ("make_env", "error", "message"),
+    [
+        (partial(MaskedEnv, way="none"), ValueError, "action_masks.*ActionMasker.*Dict observation.*infos"),
+        (partial(masked_by, lambda env: np.ones(5, bool)), ValueError, r"shape \(1, 6\).*\(1, 5\).*step 0"),
+        (partial(masked_by, lambda env: np.full(6, 0.5)), ValueError, "of bool, or of 0 and 1"),
+        (partial(masked_by, lambda env: ["yes"] * 6), TypeError, "of bool, not of dtype"),
+        (partial(masked_by, lambda env: [[True], [True, True]]), ValueError, "one array"),
+    ],
+)
+def test_bad_masks(make_env: Callable[[], gym.Env], error: type[Exception], message: str) -> None:
+    model = ScratchPPO("MaskableMlpPolicy", make_env(), **{**SMALL, "batch_size": 16})
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    with pytest.raises(error, match=message):
+        model.learn(16)
+    assert all(map(th.equal, before, model.policy.parameters()))
+
+
+def test_an_info_without_a_mask_is_named() -> None:
+    class Forgetful(MaskedEnv):
+        def step(self, action: Any) -> Any:
+            *rest, info = super().step(action)
+            return (*rest, info if self.steps < 3 else {})
+
+    env = DummyVecEnv([partial(MaskedEnv, way="info"), partial(Forgetful, way="info")])
+    with pytest.raises(ValueError, match=r"info of environment 1 has no 'action_mask'.*reset"):
+        ScratchPPO("MaskableMlpPolicy", env, **SMALL).learn(32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"env": "Pendulum-v1"}, "Discrete, MultiDiscrete or MultiBinary"),
+        ({"env": "Pendulum-v1", "use_sde": True}, "use_sde must be False for MaskableMlpPolicy"),
+        ({"use_sde": True}, "gSDE"),
+        ({"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "subclass of ScratchRolloutBuffer for MaskableMlp"),
+        ({"engine": "channels_last"}, "MaskableActorCriticPolicy"),
+        ({"policy": "MaskablePolicy"}, "'MaskableMlpPolicy'"),
+        ({"policy": "MaskableMultiInputPolicy"}, "'MaskableMlpPolicy'"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScratchPPO(**{"policy": "MaskableMlpPolicy", "env": MaskedEnv(), **SMALL, **kwargs})
+
+
+def test_bad_calls() -> None:
+    model = ScratchPPO("MaskableMlpPolicy", MaskedEnv(), **{**SMALL, "batch_size": 16})
+    with pytest.raises(TypeError, match="use_masking"):
+        model.learn(16, use_masking=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(1, 6\).*\(5,\).*predict"):
+        model.predict(np.zeros(3), action_masks=np.ones(5))
+    plain = ScratchPPO("MlpPolicy", MaskedEnv(), **{**SMALL, "batch_size": 16})
+    with pytest.raises(ValueError, match="action_masks must be None for MlpPolicy"):
+        plain.predict(np.zeros(3), action_masks=np.ones(6))
+
+
+def test_contrib_is_imported_for_those_who_ask() -> None:
+    """And who asks in vain is told what to install."""
+    code = """
+import sys
+sys.modules["sb3_contrib"] = None
+from sb3_ppo_from_scratch import ScratchPPO
+ScratchPPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=16).learn(16)
+try:
+    ScratchPPO("MaskableMlpPolicy", "CartPole-v1")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "sb3-ppo-from-scratch[contrib]" in printed

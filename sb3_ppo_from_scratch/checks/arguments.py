@@ -133,7 +133,10 @@ def check_readable(policy: str, reads_dicts: bool, space: spaces.Space) -> None:
     :raises ValueError: for a space that its features extractor cannot read
     """
     if isinstance(space, spaces.Dict) != reads_dicts:
-        fitting = "'MlpPolicy', 'SharedMlpPolicy' or 'CnnPolicy'" if reads_dicts else "'MultiInputPolicy'"
+        mlp, cnn = (policy.replace("MultiInput", kind) for kind in ("Mlp", "Cnn"))
+        shared = "'SharedMlpPolicy' " if mlp == "MlpPolicy" else ""
+        of_dicts = policy.replace("SharedMlp", "Mlp").replace("Mlp", "MultiInput").replace("Cnn", "MultiInput")
+        fitting = f"{mlp!r}{', ' * bool(shared) or ' '}{shared}or {cnn!r}" if reads_dicts else repr(of_dicts)
         raise ValueError(f"policy must be {fitting} for the observation space {space}, not {policy!r}")
     for leaf in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
         if isinstance(leaf, spaces.Box) and leaf.shape == ():

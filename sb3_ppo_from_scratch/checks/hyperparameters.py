@@ -65,12 +65,12 @@ def _check_maskable(model: Any, name: str) -> None:
     :param name: the policy's
     :raises ValueError: for actions that cannot be masked, and for what would lose the masks
     """
+    if model.use_sde:
+        raise ValueError(f"use_sde must be False for {name}, not True: gSDE is for Box actions, which cannot be masked")
     try:
         choices(model.action_space)
     except ValueError as error:
         raise ValueError(f"policy {name!r} does not fit the action space: {error}") from error
-    if model.use_sde:
-        raise ValueError(f"use_sde must be False for {name}, not True: gSDE is for Box actions, which cannot be masked")
     buffer_class = model.rollout_buffer_class
     if not (buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)):
         raise ValueError(
