@@ -219,7 +219,7 @@ class ScratchPPO(RolloutAlgorithm):
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
-        self._use_masking = True
+        self.use_masking = True
         self._mask_source: MaskSource | None = None
         self._last_action_masks: np.ndarray | None = None
         self._warned_of_masks = False
@@ -393,7 +393,7 @@ class ScratchPPO(RolloutAlgorithm):
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
         check_flag("use_masking", use_masking)
-        self._use_masking = bool(use_masking)
+        self.use_masking = bool(use_masking)
         self._resumed = None
         iteration = 0
         total_timesteps, callback = self._setup_learn(
@@ -499,7 +499,7 @@ class ScratchPPO(RolloutAlgorithm):
 
     @property
     def _masks_actions(self) -> bool:
-        return self._use_masking and takes_masks(type(self.policy))
+        return self.use_masking and takes_masks(type(self.policy))
 
     def _find_masks(self) -> None:
         """Where the masks of this ``learn`` come from, if it has any."""
@@ -624,7 +624,7 @@ class ScratchPPO(RolloutAlgorithm):
             if action_masks is not None:
                 raise ValueError(f"action_masks must be None for {self._policy_name}, which is no maskable policy")
             return super().predict(observation, state, episode_start, deterministic)
-        if action_masks is None and self._use_masking:
+        if action_masks is None and self.use_masking:
             action_masks = self._masks_in(observation)
         if action_masks is not None:
             action_masks = masks_given(action_masks, observation, self.observation_space, self.action_space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -530,3 +531,45 @@ except ModuleNotFoundError as error:
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "sb3-ppo-from-scratch[contrib]" in printed
+
+
+# ---------------------------------------------------------------- the zoo
+
+_ZOO = """
+import sys
+from sb3_contrib.common.maskable.distributions import MaskableCategorical
+from sb3_ppo_from_scratch.zoo import main
+
+masked, apply = [], MaskableCategorical.apply_masking
+
+def watched(self, masks):
+    masked.extend([] if masks is None else [True])
+    return apply(self, masks)
+
+MaskableCategorical.apply_masking = watched
+taxi = ["--algo", "scratch_ppo", "--env", "Taxi-v4", "-f", "logs"]
+small = ["-params", "n_steps:16", "n_envs:2", "batch_size:16", "n_epochs:1"]
+main(["train", *taxi, "-n", "128", "--eval-freq", "64", "--eval-episodes", "1", "--checkpoint-freq", "32", *small])
+assert masked, "EvalCallback has not masked"
+main(["train", *taxi, "--resume", "logs/scratch_ppo/Taxi-v4_1", *small])
+once = ["--n-trials", "1", "--n-jobs", "1", "--n-evaluations", "1", "--eval-episodes", "1"]
+main(["train", *taxi, "-n", "64", "-optimize", *once, *small])
+masked.clear()
+main(["enjoy", *taxi, "--exp-id", "1", "-n", "32", "--no-render"])
+assert len(masked) == 32
+"""
+
+
+def test_the_zoo_trains_resumes_searches_and_enjoys_with_masks(tmp_path: Path) -> None:
+    pytest.importorskip("rl_zoo3")
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "error:predict:UserWarning", "-c", _ZOO],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "no action_masks" not in done.stdout

@@ -208,7 +208,7 @@ _NUMBERS = ("start_time", "_current_progress_remaining", "gamma", "gae_lambda", 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_INTEGERS, (_is_integer, "an integer of 64 bits")),
     **dict.fromkeys(_NUMBERS, (is_number, "a number")),
-    **dict.fromkeys(("use_sde", "normalize_advantage", "_use_masking"), (_is_flag, "True or False")),
+    **dict.fromkeys(("use_sde", "normalize_advantage", "use_masking"), (_is_flag, "True or False")),
     **dict.fromkeys(("engine", "precision", "nan_policy"), (_is_text, "a name")),
     "policy_class": (lambda value: _is_subclass(value, BasePolicy), "a subclass of BasePolicy"),
     "rollout_buffer_class": (lambda value: _is_subclass(value, RolloutBuffer), "a subclass of RolloutBuffer"),
