@@ -375,25 +375,23 @@ def kill(locals, globals):
     return True
 
 env = make(2, way=sys.argv[2], normalized=sys.argv[2] == "info")
-policy = "MaskableMultiInputPolicy" if sys.argv[2] == "observation" else "MaskableMlpPolicy"
-ScratchPPO(policy, env, **SMALL).learn(320, callback=[ResumableCheckpoint(64, sys.argv[1]), ConvertCallback(kill)])
+ScratchPPO("MaskableMlpPolicy", env, **SMALL).learn(320, callback=[ResumableCheckpoint(64, sys.argv[1]), ConvertCallback(kill)])
 """
 
 
-@pytest.mark.parametrize("way", ["method", "observation", "info"])
+@pytest.mark.parametrize("way", ["method", "info"])
 def test_a_killed_run_goes_on_with_the_same_bits(way: str, tmp_path: Path) -> None:
     """The masks of the next step are known again, though infos are gone."""
     command = [sys.executable, "-c", _RUN, str(tmp_path / "run"), way, "200"]
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert result.returncode == -9, result.stderr
     make_env = partial(make, 2, way=way, normalized=way == "info")
-    policy = "MaskableMultiInputPolicy" if way == "observation" else "MaskableMlpPolicy"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed = ScratchPPO.resume(tmp_path / "run", make_env(), device="cpu")
         assert resumed.num_timesteps == 192
         resumed.continue_learning(ResumableCheckpoint(64, tmp_path / "run"))
-    whole = ScratchPPO(policy, make_env(), **SMALL).learn(320, callback=ResumableCheckpoint(64, tmp_path / "other"))
+    whole = ScratchPPO("MaskableMlpPolicy", make_env(), **SMALL).learn(320, callback=ResumableCheckpoint(64, tmp_path / "other"))
     assert_same_model(resumed, whole)
     assert forbidden(resumed.env) == 0
 
