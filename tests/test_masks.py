@@ -375,7 +375,8 @@ def kill(locals, globals):
     return True
 
 env = make(2, way=sys.argv[2], normalized=sys.argv[2] == "info")
-ScratchPPO("MaskableMlpPolicy", env, **SMALL).learn(320, callback=[ResumableCheckpoint(64, sys.argv[1]), ConvertCallback(kill)])
+callbacks = [ResumableCheckpoint(64, sys.argv[1]), ConvertCallback(kill)]
+ScratchPPO("MaskableMlpPolicy", env, **SMALL).learn(320, callback=callbacks)
 """
 
 
@@ -391,7 +392,9 @@ def test_a_killed_run_goes_on_with_the_same_bits(way: str, tmp_path: Path) -> No
         resumed = ScratchPPO.resume(tmp_path / "run", make_env(), device="cpu")
         assert resumed.num_timesteps == 192
         resumed.continue_learning(ResumableCheckpoint(64, tmp_path / "run"))
-    whole = ScratchPPO("MaskableMlpPolicy", make_env(), **SMALL).learn(320, callback=ResumableCheckpoint(64, tmp_path / "other"))
+    whole = ScratchPPO("MaskableMlpPolicy", make_env(), **SMALL).learn(
+        320, callback=ResumableCheckpoint(64, tmp_path / "other")
+    )
     assert_same_model(resumed, whole)
     assert forbidden(resumed.env) == 0
 
