@@ -20,6 +20,7 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.distributions import MaskableCategorical
 from sb3_contrib.common.maskable.evaluation import evaluate_policy as contribs_evaluate_policy
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -154,7 +155,8 @@ def test_bits_of_maskable_ppo_and_the_numpy_engine_equal(kind: str, env: dict[st
             np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-6)
 
 
-def test_images() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_images(shared: bool) -> None:
     """``MaskableCnnPolicy``, with masks that draw random numbers: as many calls as contrib makes, at the same moments."""
     from stable_baselines3.common.envs import FakeImageEnv
 
@@ -163,10 +165,18 @@ def test_images() -> None:
         env.observation_space.seed(0)
         return ActionMasker(env, lambda env: np.arange(env.action_space.n) != np.random.randint(env.action_space.n))
 
-    kwargs = {**SMALL, "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 16}, "share_features_extractor": False}}
+    kwargs = {
+        **SMALL,
+        "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 16}, "share_features_extractor": shared},
+    }
     theirs = MaskablePPO("CnnPolicy", make_env(), **kwargs).learn(32)
     ours = ScratchPPO("MaskableCnnPolicy", make_env(), engine="torch", **kwargs).learn(32)
     assert_same_model(ours, theirs)
+    if shared:
+        fast = ScratchPPO("MaskableCnnPolicy", make_env(), **kwargs).learn(32)
+        assert fast._engine.name == "channels_last"
+        for mine, reference in zip(fast.policy.parameters(), theirs.policy.parameters(), strict=True):
+            np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- where masks come from
@@ -235,6 +245,13 @@ def test_the_method_comes_first_and_normalization_leaves_masks_alone() -> None:
     assert abs(model._last_obs["vector"]).max() <= 10
     plain = VecNormalize(make(2, way="observation"))
     assert "action_mask" in ScratchPPO("MultiInputPolicy", plain, **SMALL).learn(32).env.norm_obs_keys
+
+
+def test_contribs_class_as_policy() -> None:
+    by_name, by_class = (
+        ScratchPPO(policy, make(2), **SMALL).learn(32) for policy in ("MaskableMlpPolicy", MaskableActorCriticPolicy)
+    )
+    assert_same_model(by_name, by_class)
 
 
 def test_without_masks() -> None:
@@ -497,7 +514,7 @@ def test_an_info_without_a_mask_is_named() -> None:
         ({"env": "Pendulum-v1", "use_sde": True}, "use_sde must be False for MaskableMlpPolicy"),
         ({"use_sde": True}, "gSDE"),
         ({"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "subclass of ScratchRolloutBuffer for MaskableMlp"),
-        ({"engine": "channels_last"}, "MaskableActorCriticPolicy"),
+        ({"engine": "channels_last"}, "features extractor"),
         ({"policy": "MaskablePolicy"}, "'MaskableMlpPolicy'"),
         ({"policy": "MaskableMultiInputPolicy"}, "'MaskableMlpPolicy'"),
     ],
