@@ -52,8 +52,10 @@ class RolloutData(NamedTuple):
     dist_params: th.Tensor | None = None
     """``[B, n_params]``, the behaviour policy's distribution, or ``None`` if it is not known"""
     extras: Extras = MappingProxyType({})
-    """by name ``[B, ...]``, whatever else a loss needs; see ``ScratchPPO.row_extras``. Of a maskable policy ``"action_masks"``,
-    ``[B, n_choices]``, bool"""
+    """
+    by name ``[B, ...]``, whatever else a loss needs; see ``ScratchPPO.row_extras``. Of a maskable policy ``"action_masks"``,
+    ``[B, n_choices]``, bool
+    """
 
     @property
     def size(self) -> int:
