@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
@@ -24,6 +25,7 @@ __all__ = [
     "is_ours",
     "is_replaceable",
     "minibatch_source",
+    "rates_later",
 ]
 
 Observations = th.Tensor | dict[str, th.Tensor]
@@ -120,6 +122,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
     """``[n_steps, n_envs, n_params]``: the behaviour policy's logits, or means and log standard deviations"""
     extras: dict[str, np.ndarray]
     """by name ``[n_steps, n_envs, ...]``: what a loss of the user's needs besides"""
+    unrated: np.ndarray
+    """``[n_steps]``, bool: steps whose values, log-probabilities and distribution parameters :meth:`rate` has yet to bring"""
     valid: np.ndarray | None
     """``[n_steps, n_envs]``, bool: which rows are transitions; ``None`` if all are. Others are not in the data set."""
 
@@ -176,6 +180,7 @@ class ScratchRolloutBuffer(RolloutBuffer):
         self.pos = 0
         self.full = False
         self.valid = None
+        self.unrated = np.zeros(self.buffer_size, bool)
 
     def add(
         self,
@@ -183,8 +188,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
         action: np.ndarray,
         reward: np.ndarray,
         episode_start: np.ndarray,
-        value: th.Tensor,
-        log_prob: th.Tensor,
+        value: th.Tensor | None,
+        log_prob: th.Tensor | None,
         dist_params: th.Tensor | None = None,
         valid: np.ndarray | None = None,
         extras: Mapping[str, np.ndarray] = MappingProxyType({}),
@@ -196,8 +201,8 @@ class ScratchRolloutBuffer(RolloutBuffer):
         :param action: ``[n_envs, *action_shape]``, as sampled
         :param reward: ``[n_envs]``
         :param episode_start: ``[n_envs]``, whether ``obs`` is the first of an episode
-        :param value: ``[n_envs]`` or ``[n_envs, 1]``
-        :param log_prob: ``[n_envs]``
+        :param value: ``[n_envs]`` or ``[n_envs, 1]``; ``None`` if it comes with :meth:`rate`
+        :param log_prob: ``[n_envs]``, or ``None`` likewise
         :param dist_params: ``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`
         :param valid: ``[n_envs]``, bool, whether each step is a transition; ``None`` if all are
         :param extras: by name ``[n_envs, ...]``; storage comes with the first sight of a name
@@ -210,8 +215,11 @@ class ScratchRolloutBuffer(RolloutBuffer):
         _store(self.actions[step], action)
         self.rewards[step] = reward
         self.episode_starts[step] = episode_start
-        self._put("values", value)
-        self._put("log_probs", log_prob)
+        if value is None or log_prob is None:
+            self.unrated[step] = True
+        else:
+            self._put("values", value)
+            self._put("log_probs", log_prob)
         if dist_params is not None:
             self._put("dist_params", dist_params)
         if extras or self.extras:
@@ -266,6 +274,55 @@ class ScratchRolloutBuffer(RolloutBuffer):
             self.valid[self.pos] = valid
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    # -------------------------------------------- what the policy says, after the steps
+
+    def keeps(self, obs: Any) -> bool:
+        """Whether the storage will hold all that a policy in float32 sees in ``obs``, ``[n_envs, *obs_shape]`` and no dict."""
+        storage = self.observations
+        return isinstance(storage, np.ndarray) and isinstance(obs, np.ndarray) and _is_exact(obs.dtype, storage.dtype)
+
+    def unrated_steps(self, n_rows: int) -> Iterator[slice]:
+        """
+        The steps that :meth:`rate` has yet to come for, a few at a time.
+
+        :param n_rows: how many transitions to have at most at a time, but at least one step
+        """
+        steps, length = np.flatnonzero(self.unrated), max(1, n_rows // self.n_envs)
+        for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1):
+            for part in (run[start : start + length] for start in range(0, len(run), length)):
+                yield slice(int(part[0]), int(part[-1]) + 1)
+
+    def acted(self, steps: slice) -> tuple[np.ndarray, np.ndarray]:
+        """
+        What the policy saw and did in ``steps``, environment-major; views where that is possible. No Dict observations.
+
+        :return: ``[n_rows, *obs_shape]`` and ``[n_rows, action_dim]``
+        """
+        assert isinstance(self.observations, np.ndarray), "or keeps() would have said so"
+        return _by_environment(self.observations[steps]), _by_environment(self.actions[steps])
+
+    def extra(self, name: str, steps: slice) -> np.ndarray | None:
+        """One of the extras in ``steps``, ``[n_rows, ...]`` in the order of :meth:`acted`; ``None`` if there is none."""
+        return _by_environment(self.extras[name][steps]) if name in self.extras else None
+
+    def rate(self, steps: slice, values: np.ndarray, log_probs: np.ndarray, dist_params: np.ndarray) -> None:
+        """
+        Store what the policy says of the rows of :meth:`acted`.
+
+        :param steps: as there
+        :param values: ``[n_rows]``
+        :param log_probs: ``[n_rows]``
+        :param dist_params: ``[n_rows, n_params]``
+        """
+        if self.dist_params is None:
+            self.dist_params = self._allocate(dist_params.shape[1:], np.float32)
+        for target, source in ((self.values, values), (self.log_probs, log_probs), (self.dist_params, dist_params)):
+            by_environment = target[steps].swapaxes(0, 1)
+            by_environment[...] = source.reshape(by_environment.shape)
+        self.unrated[steps] = False
+
+    # ------------------------------------------------------------- the data set
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """
@@ -339,6 +396,25 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> RolloutData:  # type: ignore[override]
         return self.dataset().take(th.as_tensor(batch_inds, device=self.device))
+
+
+def rates_later(buffer: RolloutBuffer) -> TypeGuard[ScratchRolloutBuffer]:
+    """Whether ``add`` may be called without what the policy says. A class of the user's with a storage of its own says no."""
+    ours = ("add", "_put", "_put_observations", "acted", "rate")
+    return isinstance(buffer, ScratchRolloutBuffer) and all(
+        getattr(type(buffer), name) is getattr(ScratchRolloutBuffer, name) and name not in vars(buffer) for name in ours
+    )
+
+
+@cache
+def _is_exact(source: np.dtype, target: np.dtype) -> bool:
+    """Whether float32 numbers made of an array are the same after a copy into another type."""
+    return np.can_cast(source, target) or (target == np.float32 and source.kind == "f")
+
+
+def _by_environment(array: np.ndarray) -> np.ndarray:
+    """From ``[k, n_envs, ...]`` to ``[n_envs * k, ...]``."""
+    return array.swapaxes(0, 1).reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
 
 def action_dtype(space: spaces.Space) -> np.dtype:

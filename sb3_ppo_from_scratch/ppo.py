@@ -67,8 +67,9 @@ from sb3_ppo_from_scratch.safe_files.models import (
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats, minibatch_loss
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
+from sb3_ppo_from_scratch.vec_env.lean import make_lean
 from sb3_ppo_from_scratch.vec_env.masks import KEY, MaskSource, find_masks, leave_masks_raw, masks_given
-from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_final_observations
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
 
 __all__ = ["ScratchPPO"]
 
@@ -236,14 +237,14 @@ class ScratchPPO(RolloutAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
-        As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, final
-        observations are kept as they are, and processes are watched from now on.
+        As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, its
+        ``DummyVecEnv`` and ``VecNormalize`` take leaner steps, and processes are watched from now on.
         """
         if isinstance(env, VectorEnv):
             if verbose >= 1:
                 print("Wrapping the env in a NativeVecEnv.")
             env = NativeVecEnv(env)
-        env = keep_final_observations(mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)))
+        env = make_lean(mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)))
         watch_workers(env)
         return env
 

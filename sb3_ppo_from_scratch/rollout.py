@@ -15,26 +15,29 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, rates_later
 from sb3_ppo_from_scratch.checkpoint import all_callbacks
 from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.masks import MaskSource
-from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
 
 __all__ = [
+    "FinalObservations",
     "RolloutAlgorithm",
     "bootstrap_time_limits",
     "cut_short",
     "holds_users_code",
     "to_env_actions",
 ]
+
+ValuesOf = Callable[[Any], np.ndarray]
+"""From a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``."""
 
 _HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratch")
 """Whose callbacks leave the policy as it is."""
@@ -68,7 +71,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """
         Step the environments with the current policy and fill the buffer, advantages and returns included.
 
-        The local variables keep SB3's names, for callbacks read them.
+        The local variables keep SB3's names, for callbacks read them. Where there are none of the user's, an engine may leave
+        values and log-probabilities for after the rollout: ``values``, ``log_probs`` and ``obs_tensor`` are ``None``.
 
         :param env: the training environments
         :param callback: called at every step, and before and after the rollout
@@ -86,6 +90,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         native = _masked_env(env, rollout_buffer)
         masks = self._mask_source
         is_users = not unwatched and holds_users_code(callback)
+        nobody_looks = not is_users and self._may_defer(rollout_buffer)
         check = self._step_check(env)
         if self._guard is None:
             self._guard = ObservationGuard()
@@ -99,15 +104,21 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.gamma, rollout_buffer.gae_lambda = self.gamma, self.gae_lambda  # a callback may have changed them
         engine = self._current_engine()
         engine.begin_rollout()
+        finals = FinalObservations()
         check(self._last_obs, None, 0)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            obs_tensor = observe(self._last_obs)
             action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
-            act = engine.act if action_masks is None else partial(engine.act, action_masks=action_masks)
-            actions, values, log_probs, dist_params = self._ask(act, self._last_obs, obs_tensor)
+            with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
+            if nobody_looks and engine.defers and ours is not None and ours.keeps(self._last_obs):
+                obs_tensor = values = log_probs = dist_params = None
+                actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
+            else:
+                obs_tensor = observe(self._last_obs)
+                act = partial(engine.act, **with_masks)
+                actions, values, log_probs, dist_params = self._ask(act, self._last_obs, obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -118,8 +129,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self.num_timesteps += env.num_envs
             if not unwatched:
                 callback.update_locals(locals())
-            if not goes_on(callback):
-                return False
+                if not goes_on(callback):
+                    self._complete(engine, rollout_buffer, finals)
+                    return False
             if is_users:
                 engine = self._engine_after_callback(engine)
             self._update_info_buffer(infos, dones)
@@ -128,7 +140,12 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if rows := cut_short(dones, infos):
                 for row in rows:
                     check.final(infos[row]["terminal_observation"], row, n_steps - 1)
-                rewards = self._bootstrap(engine, rewards, rows, infos)
+                if values is None:
+                    finals.add(n_steps - 1, rows, infos)
+                else:
+                    rewards = bootstrap_time_limits(
+                        rewards, rows, infos, self._values_by(engine), self.gamma, engine.batched_bootstrap
+                    )
             valid = None
             if reset_rows is not None and reset_rows.any():
                 valid = ~reset_rows
@@ -138,14 +155,13 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if ours is None:
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
-                extras = self.row_extras(infos)
-                if action_masks is not None:
-                    extras = {**extras, "action_masks": action_masks}
+                extras = {**self.row_extras(infos), **with_masks}
                 ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
             self._last_obs = new_obs
             self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
 
+        self._complete(engine, rollout_buffer, finals)
         values = self._ask(engine.predict_values, new_obs, observe(new_obs))  # type: ignore[arg-type]  # no tuple
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
@@ -162,7 +178,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """
         return {}
 
-    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: PyTorchObs) -> Any:
+    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: Any) -> Any:
         """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
         try:
             return question(prepared)
@@ -172,12 +188,23 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 raise
             raise reason from error
 
-    def _bootstrap(self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]]) -> np.ndarray:
-        def values_of(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    def _may_defer(self, rollout_buffer: RolloutBuffer) -> bool:
+        """Whether the policy's word on a step may wait, as far as code of the user's goes that is no callback."""
+        own_extras = type(self).row_extras is not RolloutAlgorithm.row_extras or "row_extras" in vars(self)
+        return rates_later(rollout_buffer) and not own_extras
+
+    def _complete(self, engine: Engine, rollout_buffer: RolloutBuffer, finals: FinalObservations) -> None:
+        """What was left out of the steps that nobody looked at."""
+        if isinstance(rollout_buffer, ScratchRolloutBuffer) and rollout_buffer.unrated.any():
+            engine.complete(rollout_buffer)
+            finals.bootstrap(rollout_buffer.rewards, self._values_by(engine), self.gamma)
+
+    def _values_by(self, engine: Engine) -> ValuesOf:
+        def values_of(observations: Any) -> np.ndarray:
             values = self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
             return values[:, 0].numpy(force=True)
 
-        return bootstrap_time_limits(rewards, rows, infos, values_of, self.gamma, engine.batched_bootstrap)
+        return values_of
 
     def _engine_after_callback(self, engine: Engine) -> Engine:
         """Whatever a callback does to the policy counts from the next step on."""
@@ -245,7 +272,7 @@ def to_env_actions(actions: np.ndarray, action_space: spaces.Space, policy: Acto
         return actions
     if policy.squash_output:
         return policy.unscale_action(actions)
-    return np.clip(actions, action_space.low, action_space.high)
+    return actions.clip(action_space.low, action_space.high)  # np.clip does this by a detour
 
 
 def cut_short(dones: np.ndarray, infos: list[dict[str, Any]]) -> list[int]:
@@ -266,7 +293,7 @@ def bootstrap_time_limits(
     rewards: np.ndarray,
     rows: list[int],
     infos: list[dict[str, Any]],
-    predict_values: Callable[[Any], np.ndarray],
+    predict_values: ValuesOf,
     gamma: float,
     at_once: bool = False,
 ) -> np.ndarray:
@@ -281,18 +308,55 @@ def bootstrap_time_limits(
     :param rewards: ``[n_envs]``
     :param rows: of :func:`cut_short`, at least one
     :param infos: one dict per environment, as ``VecEnv.step`` returns them
-    :param predict_values: from a batch of observations, ``[n, *obs_shape]`` or a dict of such, to their values, ``[n]``
+    :param predict_values: the critic
     :param gamma: discount factor
     :param at_once: whether one call may serve all environments, which may round differently from SB3's call for each
     :return: ``[n_envs]``, rewards in an array of their own
     """
     rewards = _reals(rewards)
     for group in [rows] if at_once else [[row] for row in rows]:
-        finals = [infos[row]["terminal_observation"] for row in group]
-        is_dict = isinstance(finals[0], dict)
-        batch = {key: np.stack([final[key] for final in finals]) for key in finals[0]} if is_dict else np.stack(finals)
-        rewards[group] += gamma * predict_values(batch)
+        rewards[group] += gamma * predict_values(_batch([infos[row]["terminal_observation"] for row in group]))
     return rewards
+
+
+class FinalObservations:
+    """Those of a rollout's episodes that time limits cut, for :func:`bootstrap_time_limits` when the rollout is complete."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._rows: list[int] = []
+        self._observations: list[Any] = []
+
+    def add(self, step: int, rows: list[int], infos: list[dict[str, Any]]) -> None:
+        """
+        Keep copies, for whoever made them may write over them.
+
+        :param step: number of the step within the rollout
+        :param rows: of :func:`cut_short`
+        :param infos: one dict per environment, as ``VecEnv.step`` returns them
+        """
+        self._steps += [step] * len(rows)
+        self._rows += rows
+        self._observations += [own_copy(infos[row]["terminal_observation"]) for row in rows]
+
+    def bootstrap(self, rewards: np.ndarray, predict_values: ValuesOf, gamma: float, at_once: int = 256) -> None:
+        """
+        :param rewards: ``[n_steps, n_envs]``, of floats; what would have followed is added
+        :param predict_values: see :func:`bootstrap_time_limits`
+        :param gamma: discount factor
+        :param at_once: observations per call
+        """
+        for part in (slice(start, start + at_once) for start in range(0, len(self._rows), at_once)):
+            values = predict_values(_batch(self._observations[part]))
+            rewards[self._steps[part], self._rows[part]] += gamma * values
+
+
+def _batch(observations: list[Any]) -> Any:
+    """``[n, *obs_shape]``, or a dict of such."""
+    first = observations[0]
+    if isinstance(first, dict):
+        return {key: np.stack([each[key] for each in observations]) for key in first}
+    return np.stack(observations)
 
 
 def _reals(rewards: np.ndarray) -> np.ndarray:

@@ -55,6 +55,8 @@ class Engine(ABC):
     """What holds the rollouts that it learns from, unless the user chooses another."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """What ``precision`` may be."""
+    defers: ClassVar[bool] = False
+    """Whether :meth:`sample_actions` in each step and one :meth:`complete` for many do what :meth:`act` does, for less."""
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         self.policy = policy
@@ -104,6 +106,26 @@ class Engine(ABC):
         :param action_masks: ``[n_envs, n_choices]``, bool, which actions are allowed, for a policy that takes masks; ``None``
             for all. An engine that cannot mask refuses such policies.
         :raises NonFiniteError: if the policy's probabilities are NaN
+        """
+
+    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
+        """
+        :meth:`act` where nobody looks at a step: the same actions from the same random numbers, and nothing else.
+
+        Only of engines that :attr:`defers`. The policy stays as it is until :meth:`complete` has been called.
+
+        :param obs: ``[n_envs, *obs_shape]``, as the environments made them
+        :param action_masks: as :meth:`act` takes them; the buffer keeps them in its extras
+        :return: ``[n_envs, *action_shape]``
+        :raises NonFiniteError: if the policy's probabilities are NaN
+        """
+        raise NotImplementedError
+
+    def complete(self, buffer: ScratchRolloutBuffer) -> None:  # noqa: B027  # nothing is left to do after act
+        """
+        Bring the values, log-probabilities and distribution parameters of the steps that :meth:`sample_actions` acted in.
+
+        :param buffer: where :attr:`~.buffer.ScratchRolloutBuffer.unrated` says which steps these are, for its ``rate``
         """
 
     @abstractmethod

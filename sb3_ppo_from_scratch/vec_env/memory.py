@@ -5,17 +5,13 @@ what such an array held must copy it in time.
 
 from __future__ import annotations
 
-import math
-from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-__all__ = ["ObservationGuard", "keep_final_observations", "keep_finals_of_class", "keep_finals_of_vector_env", "own_copy"]
+__all__ = ["ObservationGuard", "keep_finals_of_class", "keep_finals_of_vector_env", "own_copy"]
 
 
 class ObservationGuard:
@@ -72,60 +68,12 @@ def _copy_in_order(array: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------- final observations, which a reset may write over
 
 
-def keep_final_observations(env: VecEnv) -> VecEnv:
-    """
-    Let a ``DummyVecEnv`` copy each final observation before it resets the environment, and take no observation of another
-    size. Its subclasses are left as they are.
-
-    :param env: any ``VecEnv``; it stays the same object, and is saved as what it was
-    :return: ``env``
-    """
-    base = env.unwrapped
-    if type(base) is DummyVecEnv:
-        base.__class__ = _CarefulDummyVecEnv
-    return env
-
-
-class _CarefulDummyVecEnv(DummyVecEnv):
-    """SB3's, but what an environment shows is looked at, and copied where the environment may write over it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return object.__new__, (DummyVecEnv,), self.__dict__  # it opens where this package is not installed
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """As SB3 does, but for the copy and the check; tests compare the two."""
-        places = [(key, place, place.shape[1:]) for key, place in self.buf_obs.items()]
-        actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
-        for env_idx, env in enumerate(self.envs):
-            obs, rewards[env_idx], terminated, truncated, info = env.step(actions[env_idx])
-            infos[env_idx] = info
-            dones[env_idx] = done = terminated or truncated
-            info["TimeLimit.truncated"] = truncated and not terminated
-            if done:
-                info["terminal_observation"] = own_copy(obs)
-                obs, self.reset_infos[env_idx] = env.reset()
-            for key, place, shape in places:
-                value = obs if key is None else obs[key]
-                if getattr(value, "shape", None) != shape:
-                    _check_size(key, value, shape)
-                place[env_idx] = value
-        return self._obs_from_buf(), np.copy(rewards), np.copy(dones), deepcopy(infos)
-
-    def _save_obs(self, env_idx: int, obs: VecEnvObs) -> None:
-        for key, place in self.buf_obs.items():
-            _check_size(key, obs if key is None else obs[key], place.shape[1:])  # type: ignore[call-overload]
-        super()._save_obs(env_idx, obs)
-
-
-def _check_size(key: str | None, value: Any, shape: tuple[int, ...]) -> None:
-    """NumPy would repeat what there is. As many numbers in another shape are fine."""
-    if np.size(value) != math.prod(shape):
-        which = "an observation" if key is None else f"an observation {key!r}"
-        raise ValueError(f"{which} has shape {np.shape(value)}, and its space {shape}")
-
-
 def keep_finals_of_vector_env(env: gym.vector.VectorEnv) -> None:
-    """Likewise for Gymnasium's ``SyncVectorEnv``, which in the mode ``SAME_STEP`` resets before it is asked."""
+    """
+    Let Gymnasium's ``SyncVectorEnv`` copy final observations, for in the mode ``SAME_STEP`` it resets before it is asked.
+
+    For a ``DummyVecEnv`` :func:`~.lean.make_lean` sees to it.
+    """
     base = env.unwrapped
     if type(base) is SyncVectorEnv:
         base.__class__ = _CarefulSyncVectorEnv

@@ -8,7 +8,6 @@ are drawn as the reference engine draws them, so the two differ by rounding only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,10 +26,12 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.distributions import choices
-from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
+from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
+from sb3_ppo_from_scratch.engines.numpy_mlp.acting import Actor
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
     BernoulliHead,
@@ -43,17 +44,22 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
-from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["NumpyEngine"]
+
+_ROWS = 256
+"""Transitions that are looked at in one go after a rollout: few enough for a cache, many enough to be worth the calls"""
 
 
 class NumpyEngine(Engine):
     """Closed-form PPO for plain MLP policies with Adam, on one CPU thread."""
 
     name = "numpy"
+    defers = True
+    _actor: Actor | None = None
+    """Of this rollout, once somebody has asked for actions alone"""
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         super().__init__(policy, precision, loss)
@@ -77,6 +83,7 @@ class NumpyEngine(Engine):
         if not (known and self.flat.is_current() and self.adam.is_current()):
             self.release()
             self._attach()
+        self._actor = None
 
     @override
     def objection(self) -> str | None:
@@ -103,6 +110,7 @@ class NumpyEngine(Engine):
         if isinstance(policy.action_dist, DiagGaussianDistribution):
             order.append(policy.log_std)
         self.flat = FlatParameters(order)
+        self._acted_with = self.flat.vector
         self.adam = FlatAdam(policy.optimizer, self.flat)
         self.network = ActorCriticNetwork(layers, self.flat)
         self._fingerprint = Fingerprint(policy)
@@ -125,25 +133,52 @@ class NumpyEngine(Engine):
     # ---------------------------------------------------------------- rollout
 
     @override
-    @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
-        head = self.head
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
-        with single_threaded(len(features) * self.network.largest_layer):
+        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
             outputs, values = self.network.forward(features)
-        if action_masks is not None:
-            mask_out(outputs, forbidden(action_masks))
-        dist = head.forward(outputs)
-        actions = head.sample(dist)
-        log_prob = head.log_prob(dist, head.encode(actions))
-        if not math.isfinite(np.add.reduce(log_prob)):
-            raise NonFiniteError("probabilities", NAN_MESSAGE)
+            if action_masks is not None:
+                mask_out(outputs, forbidden(action_masks))
+            actions = self.head.sample(outputs.T)
+            log_prob, parameters = self._rated(outputs, actions)
         return PolicyStep(
             actions.reshape(-1, *self._action_shape),
             th.from_numpy(values[:, None]),
             th.from_numpy(log_prob),
-            th.from_numpy(head.parameters(dist)),
+            th.from_numpy(parameters),
         )
+
+    @override
+    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
+        features = self.features(obs)
+        if self._actor is None or self._actor.n_envs != len(features):
+            self._actor, self._acted_with = Actor(self.network, len(features)), self.flat.vector.copy()
+        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            outputs = self._actor(features)
+            if action_masks is not None:
+                mask_out(outputs, ~action_masks)
+            return self.head.sample(outputs).reshape(-1, *self._action_shape)
+
+    @override
+    def complete(self, buffer: ScratchRolloutBuffer) -> None:
+        threads = single_threaded(_ROWS * self.network.largest_layer)
+        with np.errstate(all="ignore"), threads, self.flat.holding(self._acted_with):
+            for steps in buffer.unrated_steps(_ROWS):
+                observations, actions = buffer.acted(steps)
+                outputs, values = self.network.forward(self.features(observations))
+                if (masks := buffer.extra("action_masks", steps)) is not None:
+                    mask_out(outputs, forbidden(masks))
+                buffer.rate(steps, values, *self._rated(outputs, actions))
+        self.network.forget()
+
+    def _rated(self, outputs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param outputs: of the policy head, ``[n_outputs, B]``; overwritten
+        :param actions: ``[B, action_dim]``, or as the head samples them
+        :return: log-probabilities ``[B]`` and distribution parameters ``[B, n_params]``
+        """
+        dist = self.head.forward(outputs)
+        return self.head.log_prob(dist, self.head.encode(actions)), self.head.parameters(dist)
 
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,22 @@ class FlatParameters:
             parameter.data = home
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
+
+    @contextmanager
+    def holding(self, vector: np.ndarray) -> Iterator[None]:
+        """
+        A context in which the parameters are those of ``vector``, ``[size]``, whatever they are outside of it.
+
+        :param vector: a copy of :attr:`vector` that was made before
+        """
+        now = None if np.array_equal(vector, self.vector, equal_nan=True) else self.vector.copy()
+        if now is not None:
+            self.vector[:] = vector
+        try:
+            yield
+        finally:
+            if now is not None:
+                self.vector[:] = now
 
     def publish_gradient(self) -> None:
         """Let every parameter's ``grad`` be its part of :attr:`gradient`."""

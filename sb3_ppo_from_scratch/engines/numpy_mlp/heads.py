@@ -16,7 +16,9 @@ import numpy as np
 import torch as th
 from typing_extensions import override
 
+from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE
 from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
+from sb3_ppo_from_scratch.errors import NonFiniteError
 
 __all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head", "forbidden", "mask_out"]
 
@@ -28,8 +30,24 @@ _arange = lru_cache(maxsize=8)(np.arange)
 _LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
 
 
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> tuple[th.Tensor, np.ndarray]:
+    """A tensor, and an array on its memory."""
+    array = np.empty(shape, dtype)
+    return th.from_numpy(array), array
+
+
+def _surely_finite(array: np.ndarray) -> bool:
+    """Whether the sum of squares is; if not, some number may be infinite, or NaN."""
+    return math.isfinite(np.vdot(array, array))
+
+
+def _check(numbers: Any) -> None:
+    if not np.isfinite(numbers).all():
+        raise NonFiniteError("probabilities", NAN_MESSAGE)
+
+
 def forbidden(masks: np.ndarray) -> np.ndarray:
-    """From masks ``[B, n_outputs]`` to what :func:`mask_out` takes, ``[n_outputs, B]``."""
+    """Which choices masks ``[B, n_outputs]`` do not allow, ``[n_outputs, B]``."""
     return np.ascontiguousarray(~masks.T)
 
 
@@ -37,8 +55,8 @@ def mask_out(outputs: np.ndarray, where: np.ndarray) -> None:
     """
     Let choices that are not allowed have no probability, in place.
 
-    :param outputs: ``[n_outputs, B]``
-    :param where: likewise, of :func:`forbidden`
+    :param outputs: ``[n_outputs, B]``, or the other way round
+    :param where: bool, likewise
     """
     np.copyto(outputs, _MASKED, where=where)
 
@@ -50,6 +68,9 @@ class Head(ABC):
     :meth:`forward` returns what :meth:`log_prob`, :meth:`entropy` and :meth:`gradient` then start from.
     """
 
+    def __init__(self) -> None:
+        self._noise = lru_cache(maxsize=8)(_memory)
+
     @abstractmethod
     def forward(self, outputs: np.ndarray) -> Any:
         """
@@ -58,11 +79,13 @@ class Head(ABC):
         """
 
     @abstractmethod
-    def sample(self, dist: Any) -> np.ndarray:
+    def sample(self, outputs: np.ndarray) -> np.ndarray:
         """
-        Draw actions from torch's global generator.
+        Draw actions, by torch's global generator.
 
-        :return: ``[B]`` int64 for a Discrete space, else ``[B, action_dim]``
+        :param outputs: z, ``[B, n_outputs]``, of the same B as often as possible
+        :return: ``[B]`` int64 for a Discrete space, else ``[B, action_dim]``; new memory
+        :raises NonFiniteError: if there is no distribution with such z
         """
 
     @abstractmethod
@@ -125,6 +148,7 @@ class CategoricalHead(Head):
     """
 
     def __init__(self, sizes: list[int]):
+        super().__init__()
         self.sizes = sizes
         self.starts = np.cumsum([0, *sizes[:-1]])[:, None]
         self._slices = [slice(start, start + size) for start, size in zip(self.starts[:, 0], sizes, strict=True)]
@@ -145,12 +169,23 @@ class CategoricalHead(Head):
         return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
     @override
-    def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """The fastest of several exponential clocks with rates p is a draw from p."""
-        probs = dist[1]
-        clocks = (th.from_numpy(np.empty(probs[rows].shape[::-1], probs.dtype)).exponential_() for rows in self._slices)
-        actions = [(probs[rows] / times.numpy().T).argmax(0) for rows, times in zip(self._slices, clocks, strict=True)]
-        return actions[0] if len(actions) == 1 else np.stack(actions, axis=1)
+    def sample(self, outputs: np.ndarray) -> np.ndarray:
+        r"""
+        The fastest of several exponential clocks with rates p is a draw from p:
+        :math:`\arg\max_j p_j / t_j = \arg\max_j z_j - \log t_j`, for each factor.
+        """
+        if not _surely_finite(outputs):  # a choice that is never made has a logit of minus infinity
+            _check([outputs[:, cut].max(1) for cut in self._slices])
+        if len(self._slices) == 1:
+            return self._fastest(outputs)
+        return np.stack([self._fastest(outputs[:, cut]) for cut in self._slices], axis=1)
+
+    def _fastest(self, logits: np.ndarray) -> np.ndarray:
+        tensor, times = self._noise(logits.shape, logits.dtype)
+        tensor.exponential_()
+        np.log(times, out=times)
+        np.subtract(logits, times, out=times)
+        return times.argmax(1)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Where the chosen outputs lie in a flattened ``[n_outputs, B]``: ``[n_factors, B]``, int64."""
@@ -216,8 +251,10 @@ class BernoulliHead(Head):
         return outputs, sigmoid(outputs), np.logaddexp(0, outputs)
 
     @override
-    def sample(self, dist: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-        return th.bernoulli(th.from_numpy(np.ascontiguousarray(dist[1].T))).numpy()
+    def sample(self, outputs: np.ndarray) -> np.ndarray:
+        if not _surely_finite(outputs):
+            _check(outputs)
+        return th.bernoulli(th.from_numpy(sigmoid(np.ascontiguousarray(outputs)))).numpy()
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """``[n_outputs, B]``, 0 or 1."""
@@ -274,6 +311,7 @@ class GaussianHead(Head):
     """
 
     def __init__(self, log_std: np.ndarray, grad_log_std: np.ndarray):
+        super().__init__()
         self.log_std = log_std
         self.grad_log_std = grad_log_std
 
@@ -282,10 +320,14 @@ class GaussianHead(Head):
         return outputs, np.exp(self.log_std)[:, None]
 
     @override
-    def sample(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        mean, std = dist
-        noise = th.from_numpy(np.empty(mean.shape[::-1], mean.dtype)).normal_().numpy()
-        return mean.T + std.T * noise
+    def sample(self, outputs: np.ndarray) -> np.ndarray:
+        tensor, noise = self._noise(outputs.shape, outputs.dtype)
+        tensor.normal_()
+        actions = noise * np.exp(self.log_std)
+        actions += outputs
+        if not _surely_finite(actions):
+            _check(actions)
+        return actions
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """``[d, B]``"""
