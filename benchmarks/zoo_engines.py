@@ -21,10 +21,11 @@ from benchmarks.markdown import markdown_table
 from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import Choice, choose_engine
+from sb3_ppo_from_scratch.policies import import_policy
 
 __all__ = ["choices", "main", "table"]
 
-_DISCRETE = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "LunarLander-v3", "atari", "default")
+_DISCRETE = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "LunarLander-v3", "Taxi-v4", "atari", "default")
 _IMAGES = {"atari": (4, 84, 84), "CarRacing-v3": (2, 64, 64)}
 _MINIGRID = "MiniGrid-"
 
@@ -49,12 +50,12 @@ def choices() -> dict[str, Choice]:
 
 
 def _choice(task: Task, observations: spaces.Space, actions: spaces.Space) -> Choice:
-    kinds = ScratchPPO.policy_aliases
-    policy = kinds[task.policy](
+    kind = ScratchPPO.policy_aliases[task.policy]
+    policy = (import_policy(kind) if isinstance(kind, str) else kind)(
         observations,
         actions,
         lambda progress: 1e-3,
-        use_sde=task.arguments.get("use_sde", False),
+        **({"use_sde": True} if task.arguments.get("use_sde") else {}),
         **{**task.arguments.get("policy_kwargs", {}), "ortho_init": False},  # slow, and no engine's business
     )
     return choose_engine("auto", policy)  # type: ignore[arg-type]  # ScratchPPO's are actor-critics

@@ -1,8 +1,12 @@
-"""The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk."""
+"""The networks. SB3's and sb3-contrib's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
+import sys
+from functools import cache
 from typing import Any
 
 import torch as th
@@ -12,7 +16,53 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.ppo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from torch import nn
 
-__all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "SharedMlpExtractor", "SharedMlpPolicy"]
+__all__ = [
+    "MASKABLE",
+    "CnnPolicy",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "SharedMlpExtractor",
+    "SharedMlpPolicy",
+    "import_policy",
+    "imported",
+    "takes_masks",
+]
+
+MASKABLE = {
+    "MaskableMlpPolicy": "sb3_contrib.common.maskable.policies:MaskableActorCriticPolicy",
+    "MaskableCnnPolicy": "sb3_contrib.common.maskable.policies:MaskableActorCriticCnnPolicy",
+    "MaskableMultiInputPolicy": "sb3_contrib.common.maskable.policies:MaskableMultiInputActorCriticPolicy",
+}
+"""Policies that choose among the actions that a mask allows: sb3-contrib's classes, by module and name."""
+
+
+def import_policy(where: str) -> Any:
+    """
+    One of sb3-contrib's policies, which is imported for those who ask for one.
+
+    :param where: its module and its name, as in :data:`MASKABLE`
+    :raises ModuleNotFoundError: if sb3-contrib is not installed
+    """
+    module, _, name = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this policy is sb3-contrib's, which is not installed ({error}): pip install 'sb3-ppo-from-scratch[contrib]'"
+        ) from error
+
+
+def imported(where: str) -> Any:
+    """The same without importing anything: ``None`` where nobody has imported it, and nothing can be of that class."""
+    module, _, name = where.partition(":")
+    return getattr(sys.modules.get(module), name, None)
+
+
+@cache
+def takes_masks(policy_class: type) -> bool:
+    """Whether policies of a class choose among the actions that a mask allows, as sb3-contrib's maskable ones do."""
+    forward = getattr(policy_class, "forward", None)
+    return forward is not None and "action_masks" in inspect.signature(forward).parameters
 
 
 class SharedMlpExtractor(nn.Module):

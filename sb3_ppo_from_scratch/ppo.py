@@ -17,8 +17,8 @@ import numpy as np
 import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.buffer import RolloutData, is_replaceable
 from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
 from sb3_ppo_from_scratch.checks.arguments import (
     check_device,
@@ -41,8 +41,18 @@ from sb3_ppo_from_scratch.checks.arguments import (
 )
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
 from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
-from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.policies import (
+    MASKABLE,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    SharedMlpPolicy,
+    import_policy,
+    imported,
+    takes_masks,
+)
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
 from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
@@ -58,6 +68,7 @@ from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
 from sb3_ppo_from_scratch.vec_env.lean import make_lean
+from sb3_ppo_from_scratch.vec_env.masks import KEY, MaskSource, find_masks, leave_masks_raw, masks_given
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
 
 __all__ = ["ScratchPPO"]
@@ -76,7 +87,9 @@ class ScratchPPO(RolloutAlgorithm):
 
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
-    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``, or a policy class
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; for masks of invalid
+        actions ``"MaskableMlpPolicy"``, ``"MaskableCnnPolicy"``, ``"MaskableMultiInputPolicy"``, which are sb3-contrib's; or a
+        policy class
     :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
@@ -119,12 +132,14 @@ class ScratchPPO(RolloutAlgorithm):
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+    policy_aliases: ClassVar[dict[str, type[BasePolicy] | str]] = {  # type: ignore[assignment]  # SB3's are classes
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
+        **MASKABLE,
     }
+    """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
     """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
 
@@ -207,6 +222,10 @@ class ScratchPPO(RolloutAlgorithm):
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
+        self.use_masking = True
+        self._mask_source: MaskSource | None = None
+        self._last_action_masks: np.ndarray | None = None
+        self._warned_of_masks = False
         if _init_setup_model:
             self._setup_model()
             self._check_engine()
@@ -233,12 +252,18 @@ class ScratchPPO(RolloutAlgorithm):
         if policy_name not in self.policy_aliases:
             names = ", ".join(map(repr, self.policy_aliases))
             raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
-        return self.policy_aliases[policy_name]
+        policy = self.policy_aliases[policy_name]
+        return import_policy(policy) if isinstance(policy, str) else policy
+
+    @property
+    def _named_policies(self) -> dict[type[BasePolicy], str]:
+        """The names of policies, as far as they have been imported."""
+        aliases = self.policy_aliases.items()
+        return {imported(policy) if isinstance(policy, str) else policy: name for name, policy in aliases}
 
     @property
     def _policy_name(self) -> str:
-        names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
-        return names.get(self.policy_class, self.policy_class.__name__)
+        return self._named_policies.get(self.policy_class, self.policy_class.__name__)
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
@@ -253,7 +278,7 @@ class ScratchPPO(RolloutAlgorithm):
                 self.observation_space,
                 self.action_space,
                 self.lr_schedule,
-                use_sde=self.use_sde,
+                **({} if takes_masks(self.policy_class) else {"use_sde": self.use_sde}),  # a maskable one has no gSDE
                 **self.policy_kwargs,
             )
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
@@ -296,7 +321,7 @@ class ScratchPPO(RolloutAlgorithm):
     def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
-        if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
+        if buffer_class is None or is_replaceable(buffer_class):
             buffer_class = self._current_engine().buffer_class
         return buffer_class(
             self.n_steps,
@@ -350,6 +375,7 @@ class ScratchPPO(RolloutAlgorithm):
         tb_log_name: str = "ScratchPPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        use_masking: bool = True,
     ) -> SelfScratchPPO:
         """
         Train: collect a rollout, update the policy on it, log both, until ``total_timesteps`` steps are done.
@@ -360,13 +386,17 @@ class ScratchPPO(RolloutAlgorithm):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: whether steps count from 0; if not, ``total_timesteps`` come on top of those done
         :param progress_bar: show one (needs tqdm and rich)
+        :param use_masking: whether a maskable policy gets the masks of its environments
         :return: the model
+        :raises ValueError: if its environments give none; see :mod:`sb3_ppo_from_scratch.vec_env.masks`
         """
         check_number("total_timesteps", total_timesteps, 0.0, finite=False)
         if log_interval is not None:
             check_integer("log_interval", log_interval, 1)
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
+        check_flag("use_masking", use_masking)
+        self.use_masking = bool(use_masking)
         self._resumed = None
         iteration = 0
         total_timesteps, callback = self._setup_learn(
@@ -405,6 +435,7 @@ class ScratchPPO(RolloutAlgorithm):
         callback.on_training_start(locals(), globals())
         with explained_failures():
             resumed.restore_run(self, callback)
+            self._find_masks()
         resumed.announce(self.num_timesteps)
         self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
         return self
@@ -453,8 +484,13 @@ class ScratchPPO(RolloutAlgorithm):
         self._check_trainable()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
+        if self._masks_actions:
+            leave_masks_raw(self.env)
         with explained_failures():
             prepared = super()._setup_learn(*args, **kwargs)
+            if self._last_obs is not before:
+                self._last_action_masks = None
+            self._find_masks()
         if self._last_obs is not before:
             self._guard = None
             try:
@@ -464,12 +500,27 @@ class ScratchPPO(RolloutAlgorithm):
                 raise
         return prepared
 
+    @property
+    def _masks_actions(self) -> bool:
+        return self.use_masking and takes_masks(type(self.policy))
+
+    def _find_masks(self) -> None:
+        """Where the masks of this ``learn`` come from, if it has any."""
+        assert self.env is not None  # its callers have looked
+        self._mask_source = None
+        if self._masks_actions:
+            self._mask_source = find_masks(self.env, self.action_space, self._last_action_masks)
+            if self.verbose >= 1:
+                print(f"Actions are masked by {self._mask_source.name}")
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callback = super()._init_callback(callback, progress_bar)
         for each in all_callbacks(callback):
             for env in vars(each).values():  # those to evaluate in, say
                 if isinstance(env, VecEnv):
                     watch_workers(env)
+            if isinstance(each, EvalCallback) and self._masks_actions and not hasattr(each, "use_masking"):  # contrib's has
+                mask_evaluation(self, each)
         return callback
 
     def train(self) -> None:
@@ -549,6 +600,51 @@ class ScratchPPO(RolloutAlgorithm):
                 "(nan_policy='skip'); train/skipped_minibatches counts them, and this warning comes once",
                 stacklevel=4,
             )
+
+    # ------------------------------------------------------------------ acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The policy's actions.
+
+        :param observation: one, or ``[n_envs, *obs_shape]``, or a dict of such
+        :param state: of a recurrent policy, before
+        :param episode_start: ``[n_envs]``, where that state is to be forgotten
+        :param deterministic: whether to take the most probable actions instead of sampling
+        :param action_masks: ``[n_choices]`` or ``[n_envs, n_choices]``, which actions are allowed, for a maskable policy.
+            If not given, those that a Dict observation has as ``"action_mask"``; without such, all are, with one warning.
+        :return: actions, and the state after
+        :raises ValueError: for masks of another shape, ones that allow nothing, or with a policy that is not maskable
+        """
+        if not takes_masks(type(self.policy)):
+            if action_masks is not None:
+                raise ValueError(f"action_masks must be None for {self._policy_name}, which is no maskable policy")
+            return super().predict(observation, state, episode_start, deterministic)
+        if action_masks is None and self.use_masking:
+            action_masks = self._masks_in(observation)
+        if action_masks is not None:
+            action_masks = masks_given(action_masks, observation, self.observation_space, self.action_space)
+        policy: Any = self.policy
+        return policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+
+    def _masks_in(self, observation: Any) -> np.ndarray | None:
+        if isinstance(observation, dict) and KEY in observation:
+            return observation[KEY]
+        if not self._warned_of_masks:
+            self._warned_of_masks = True
+            warnings.warn(
+                "predict() was given no action_masks, and chooses among all actions: pass action_masks=..., or evaluate with "
+                "sb3_ppo_from_scratch.evaluation.evaluate_policy, which asks the environments. This warning comes once",
+                stacklevel=3,
+            )
+        return None
 
     # ------------------------------------------------------------------ saving
 
@@ -639,10 +735,12 @@ class ScratchPPO(RolloutAlgorithm):
             "_engine",
             "_guard",
             "_is_training",
+            "_mask_source",
             "_nan_understood",
             "_resumed",
             "_scheduled_rate",
             "_train_metrics",
+            "_warned_of_masks",
             "_warned_of_skipped",
         ]
         return [*super()._excluded_save_params(), *ours]

@@ -24,6 +24,7 @@ from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.masks import MaskSource
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
 
 __all__ = [
@@ -50,6 +51,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     """Keys of observations whose NaN the network has made finite numbers of"""
     _guard: ObservationGuard | None
     """Keeps observations from being written to by those who made them; ``None`` before the first rollout"""
+
+    _mask_source: MaskSource | None
+    """Where masks come from; ``None`` if the policy takes none, or is to train without"""
+    _last_action_masks: np.ndarray | None
+    """``[n_envs, n_choices]``, those that belong to ``_last_obs`` where infos give them"""
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -82,6 +88,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         takes_tensors = ours is not None and ours.takes_tensors
         unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
+        masks = self._mask_source
         is_users = not unwatched and holds_users_code(callback)
         nobody_looks = not is_users and self._may_defer(rollout_buffer)
         check = self._step_check(env)
@@ -103,12 +110,15 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
+            action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
+            with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
             if nobody_looks and engine.defers and ours is not None and ours.keeps(self._last_obs):
                 obs_tensor = values = log_probs = dist_params = None
-                actions = self._ask(engine.sample_actions, self._last_obs, self._last_obs)
+                actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
             else:
                 obs_tensor = observe(self._last_obs)
-                actions, values, log_probs, dist_params = self._ask(engine.act, self._last_obs, obs_tensor)
+                act = partial(engine.act, **with_masks)
+                actions, values, log_probs, dist_params = self._ask(act, self._last_obs, obs_tensor)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -145,8 +155,10 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if ours is None:
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
-                ours.add(*step, dist_params, valid, self.row_extras(infos))  # type: ignore[arg-type]  # likewise
+                extras = {**self.row_extras(infos), **with_masks}
+                ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
             self._last_obs = new_obs
+            self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
 
         self._complete(engine, rollout_buffer, finals)

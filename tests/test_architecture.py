@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"checks.finite", "checks.answers", "safe_files"},
     {"update", "vec_env", "checks.hyperparameters"},
     {"engines", "checkpoint"},
-    {"rollout"},
+    {"rollout", "evaluation"},
     {"ppo"},
     {"__init__"},
     {"zoo"},

@@ -182,6 +182,7 @@ class Resumed:
             return
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+        vars(model)["_last_action_masks"] = None  # those of the new episodes are in the infos of this reset
 
     def restore_run(self, model: OnPolicyAlgorithm, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""

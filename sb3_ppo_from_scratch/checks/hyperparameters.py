@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_replaceable
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_flag,
@@ -20,7 +21,8 @@ from sb3_ppo_from_scratch.checks.arguments import (
     check_scheduled,
 )
 from sb3_ppo_from_scratch.checks.finite import NAN_POLICIES
-from sb3_ppo_from_scratch.policies import MultiInputPolicy
+from sb3_ppo_from_scratch.distributions import choices
+from sb3_ppo_from_scratch.policies import takes_masks
 
 __all__ = ["check_hyperparameters", "check_rollout_size"]
 
@@ -43,16 +45,38 @@ def check_hyperparameters(model: Any) -> None:
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
+    if takes_masks(model.policy_class):
+        _check_maskable(model, model._policy_name)
 
 
 def _check_spaces(model: Any) -> None:
     check_observation_space(model.observation_space)
     check_action_space(model.action_space)
-    if "features_extractor_class" not in model.policy_kwargs and model.policy_class in model.policy_aliases.values():
-        check_readable(model._policy_name, model.policy_class is MultiInputPolicy, model.observation_space)
+    name = model._policy_name
+    if "features_extractor_class" not in model.policy_kwargs and model.policy_class in model._named_policies:
+        check_readable(name, "MultiInput" in name, model.observation_space)
     if model.policy_kwargs.get("squash_output") and not model.use_sde:
         raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
     check_nan_observations(model.nan_observations, model.observation_space)
+
+
+def _check_maskable(model: Any, name: str) -> None:
+    """
+    :param name: the policy's
+    :raises ValueError: for actions that cannot be masked, and for what would lose the masks
+    """
+    if model.use_sde:
+        raise ValueError(f"use_sde must be False for {name}, not True: gSDE is for Box actions, which cannot be masked")
+    try:
+        choices(model.action_space)
+    except ValueError as error:
+        raise ValueError(f"policy {name!r} does not fit the action space: {error}") from error
+    buffer_class = model.rollout_buffer_class
+    if not (buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)):
+        raise ValueError(
+            f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {name}, for masks are to be kept, not "
+            f"{buffer_class.__name__}"
+        )
 
 
 def _check_numbers(model: Any) -> None:

@@ -98,21 +98,24 @@ class Engine(ABC):
         """Called when training ends: parameters and the optimizer's state go back to where they were."""
 
     @abstractmethod
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
         """
         Sample one action per environment.
 
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
+        :param action_masks: ``[n_envs, n_choices]``, bool, which actions are allowed, for a policy that takes masks; ``None``
+            for all. An engine that cannot mask refuses such policies.
         :raises NonFiniteError: if the policy's probabilities are NaN
         """
 
-    def sample_actions(self, obs: np.ndarray) -> np.ndarray:
+    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
         """
         :meth:`act` where nobody looks at a step: the same actions from the same random numbers, and nothing else.
 
         Only of engines that :attr:`defers`. The policy stays as it is until :meth:`complete` has been called.
 
         :param obs: ``[n_envs, *obs_shape]``, as the environments made them
+        :param action_masks: as :meth:`act` takes them; the buffer keeps them in its extras
         :return: ``[n_envs, *action_shape]``
         :raises NonFiniteError: if the policy's probabilities are NaN
         """

@@ -29,11 +29,13 @@ from typing_extensions import override
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.reference.engine import HeadsEngine, Minibatches
+from sb3_ppo_from_scratch.policies import MASKABLE, imported
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["ChannelsLastEngine", "OneDnnLinear", "fused_adam", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
+_MASKABLE = [MASKABLE[name] for name in ("MaskableMlpPolicy", "MaskableCnnPolicy")]
 _CONVOLUTIONS = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
 
 
@@ -114,7 +116,7 @@ def has_bf16_instructions() -> bool:
 
 class ChannelsLastEngine(HeadsEngine):
     """
-    ``CnnPolicy`` with SB3's ``NatureCNN`` and any action space, on CPU, with Adam or AdamW.
+    ``CnnPolicy`` and ``MaskableCnnPolicy`` with SB3's ``NatureCNN`` and any action space, on CPU, with Adam or AdamW.
 
     Equal to the reference up to rounding. With ``precision="bf16"`` the features extractor multiplies bfloat16 numbers, in
     rollouts and updates alike; its parameters, the heads, the loss and the optimizer remain float32.
@@ -131,8 +133,8 @@ class ChannelsLastEngine(HeadsEngine):
     @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         # it computes the features in its own way; the rest of the policy may be anything
-        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy):
-            return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
+        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy, *map(imported, _MASKABLE)):
+            return f"the policy must be CnnPolicy or MaskableCnnPolicy, not {type(policy).__name__}"
         if name := replaced_method(policy):
             return f"the policy's {name} was replaced"
         if has_hooks(policy):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
@@ -77,7 +78,7 @@ class CudaGraphEngine(HeadsEngine):
             self._player, self._addresses = None, addresses
 
     @override
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
         """Values and the rest stay on the device."""
         if self._player is None or not self._player.fits(obs):
             self._player = Player(self.heads, obs, self.policy.action_space)
