@@ -9,7 +9,7 @@ are drawn as the reference engine draws them, so the two differ by rounding only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -123,10 +123,12 @@ class NumpyEngine(Engine):
 
     @override
     def act(self, obs: PyTorchObs) -> PolicyStep:
+        if not self.is_as_acted():
+            self._actor = None
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            actions = self.head.sample(self._actor_for(len(features))(features))
             outputs, values = self.network.forward(features)
-            actions = self.head.sample(outputs.T)
             log_prob, parameters = self._rated(outputs, actions)
         return PolicyStep(
             actions.reshape(-1, *self._action_shape),
@@ -138,15 +140,26 @@ class NumpyEngine(Engine):
     @override
     def sample_actions(self, obs: np.ndarray) -> np.ndarray:
         features = self.features(obs)
-        if self._actor is None or self._actor.n_envs != len(features):
-            self._actor, self._acted_with = Actor(self.network, len(features)), self.flat.vector.copy()
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
-            return self.head.sample(self._actor(features)).reshape(-1, *self._action_shape)
+            return self.head.sample(self._actor_for(len(features))(features)).reshape(-1, *self._action_shape)
+
+    def _actor_for(self, n_envs: int) -> Actor:
+        """Of this rollout, with the weights as they were at its beginning."""
+        if self._actor is None or self._actor.n_envs != n_envs:
+            self._actor, self._acted_with = Actor(self.network, n_envs), self.flat.vector.copy()
+        return self._actor
+
+    @override
+    def is_as_acted(self) -> bool:
+        return self._actor is None or self.flat.holds(self._acted_with)
+
+    @override
+    def as_acted(self) -> AbstractContextManager[None]:
+        return self.flat.holding(self._acted_with)
 
     @override
     def complete(self, buffer: ScratchRolloutBuffer) -> None:
-        threads = single_threaded(_ROWS * self.network.largest_layer)
-        with np.errstate(all="ignore"), threads, self.flat.holding(self._acted_with):
+        with np.errstate(all="ignore"), single_threaded(_ROWS * self.network.largest_layer):
             for steps in buffer.unrated_steps(_ROWS):
                 observations, actions = buffer.acted(steps)
                 outputs, values = self.network.forward(self.features(observations))

@@ -63,6 +63,11 @@ class FlatParameters:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
 
+    def holds(self, vector: np.ndarray) -> bool:
+        """Whether the parameters are those of ``vector``, ``[size]``, to the last bit."""
+        bits = f"i{vector.itemsize}"  # NaN is equal to itself
+        return bool((vector.view(bits) == self.vector.view(bits)).all())
+
     @contextmanager
     def holding(self, vector: np.ndarray) -> Iterator[None]:
         """
@@ -70,7 +75,7 @@ class FlatParameters:
 
         :param vector: a copy of :attr:`vector` that was made before
         """
-        now = None if np.array_equal(vector, self.vector, equal_nan=True) else self.vector.copy()
+        now = None if self.holds(vector) else self.vector.copy()
         if now is not None:
             self.vector[:] = vector
         try:
