@@ -90,7 +90,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         native = _masked_env(env, rollout_buffer)
         masks = self._mask_source
         is_users = not unwatched and holds_users_code(callback)
-        nobody_looks = not is_users and self._may_defer(rollout_buffer)
+        may_defer = self._may_defer(rollout_buffer)
         check = self._step_check(env)
         if self._guard is None:
             self._guard = ObservationGuard()
@@ -112,7 +112,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 self.policy.reset_noise(env.num_envs)
             action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
             with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
-            if nobody_looks and engine.defers and ours is not None and ours.keeps(self._last_obs):
+            later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
+            if later and not is_users:  # nobody looks
                 obs_tensor = values = log_probs = dist_params = None
                 actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
             else:
@@ -132,17 +133,19 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
                 if not goes_on(callback):
                     self._complete(engine, rollout_buffer, finals)
                     return False
-            if is_users:
-                engine = self._engine_after_callback(engine)
+            if is_users and not self._counts_still(engine):  # what a callback does to the policy counts from the next step on
+                self._complete(engine, rollout_buffer, finals)
+                engine, later = self._current_engine(), False  # this step's values are by the old weights
+                engine.begin_rollout()
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
             if rows := cut_short(dones, infos):
                 for row in rows:
                     check.final(infos[row]["terminal_observation"], row, n_steps - 1)
-                if values is None:
-                    finals.add(n_steps - 1, rows, infos)
-                else:
+                if later:
+                    finals.add(n_steps - 1, rows, infos, rewards, self.gamma)
+                if values is not None:
                     rewards = bootstrap_time_limits(
                         rewards, rows, infos, self._values_by(engine), self.gamma, engine.batched_bootstrap
                     )
@@ -157,6 +160,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             else:
                 extras = {**self.row_extras(infos), **with_masks}
                 ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
+                ours.unrated[n_steps - 1] = later
             self._last_obs = new_obs
             self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
@@ -194,10 +198,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         return rates_later(rollout_buffer) and not own_extras
 
     def _complete(self, engine: Engine, rollout_buffer: RolloutBuffer, finals: FinalObservations) -> None:
-        """What was left out of the steps that nobody looked at."""
+        """Whatever of the steps so far was to come later, by the weights that they were taken with."""
         if isinstance(rollout_buffer, ScratchRolloutBuffer) and rollout_buffer.unrated.any():
-            engine.complete(rollout_buffer)
-            finals.bootstrap(rollout_buffer.rewards, self._values_by(engine), self.gamma)
+            with engine.as_acted():
+                engine.complete(rollout_buffer)
+                finals.bootstrap(rollout_buffer.rewards, self._values_by(engine))
 
     def _values_by(self, engine: Engine) -> ValuesOf:
         def values_of(observations: Any) -> np.ndarray:
@@ -206,13 +211,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
         return values_of
 
-    def _engine_after_callback(self, engine: Engine) -> Engine:
-        """Whatever a callback does to the policy counts from the next step on."""
-        if engine.policy is self.policy and engine.is_unchanged():
-            return engine
-        engine = self._current_engine()
-        engine.begin_rollout()
-        return engine
+    def _counts_still(self, engine: Engine) -> bool:
+        """Whether the policy is as it was when ``engine`` took the last step."""
+        return engine.policy is self.policy and engine.is_unchanged() and engine.is_as_acted()
 
     def _step_check(self, env: VecEnv) -> StepCheck:
         return StepCheck(env, self.observation_space, self._may_be_nan)
@@ -320,35 +321,45 @@ def bootstrap_time_limits(
 
 
 class FinalObservations:
-    """Those of a rollout's episodes that time limits cut, for :func:`bootstrap_time_limits` when the rollout is complete."""
+    """Of a rollout's episodes that time limits have cut: for :func:`bootstrap_time_limits` of many steps at once."""
 
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._rows: list[int] = []
         self._observations: list[Any] = []
+        self._rewards: list[float] = []
+        self._gammas: list[float] = []
 
-    def add(self, step: int, rows: list[int], infos: list[dict[str, Any]]) -> None:
+    def add(self, step: int, rows: list[int], infos: list[dict[str, Any]], rewards: np.ndarray, gamma: float) -> None:
         """
         Keep copies, for whoever made them may write over them.
 
         :param step: number of the step within the rollout
         :param rows: of :func:`cut_short`
         :param infos: one dict per environment, as ``VecEnv.step`` returns them
+        :param rewards: ``[n_envs]``
+        :param gamma: discount factor
         """
         self._steps += [step] * len(rows)
         self._rows += rows
         self._observations += [own_copy(infos[row]["terminal_observation"]) for row in rows]
+        self._rewards += rewards[rows].tolist()
+        self._gammas += [gamma] * len(rows)
 
-    def bootstrap(self, rewards: np.ndarray, predict_values: ValuesOf, gamma: float, at_once: int = 256) -> None:
+    def bootstrap(self, rewards: np.ndarray, predict_values: ValuesOf, at_once: int = 256) -> None:
         """
-        :param rewards: ``[n_steps, n_envs]``, of floats; what would have followed is added
+        Add what would have followed, and begin anew.
+
+        :param rewards: ``[n_steps, n_envs]``, those that are concerned are replaced
         :param predict_values: see :func:`bootstrap_time_limits`
-        :param gamma: discount factor
         :param at_once: observations per call
         """
+        received, gammas = np.array(self._rewards, rewards.dtype), np.array(self._gammas, rewards.dtype)
         for part in (slice(start, start + at_once) for start in range(0, len(self._rows), at_once)):
             values = predict_values(_batch(self._observations[part]))
-            rewards[self._steps[part], self._rows[part]] += gamma * values
+            rewards[self._steps[part], self._rows[part]] = received[part] + gammas[part] * values
+        for kept in (self._steps, self._rows, self._observations, self._rewards, self._gammas):
+            kept.clear()
 
 
 def _batch(observations: list[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -110,9 +110,9 @@ class Engine(ABC):
 
     def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
         """
-        :meth:`act` where nobody looks at a step: the same actions from the same random numbers, and nothing else.
+        :meth:`act` where nobody looks at a step: the same actions, to the last bit, by the same random numbers, and no more.
 
-        Only of engines that :attr:`defers`. The policy stays as it is until :meth:`complete` has been called.
+        Only of engines that :attr:`defers`. The weights that it began with count until :meth:`begin_rollout`.
 
         :param obs: ``[n_envs, *obs_shape]``, as the environments made them
         :param action_masks: as :meth:`act` takes them; the buffer keeps them in its extras
@@ -123,10 +123,21 @@ class Engine(ABC):
 
     def complete(self, buffer: ScratchRolloutBuffer) -> None:  # noqa: B027  # nothing is left to do after act
         """
-        Bring the values, log-probabilities and distribution parameters of the steps that :meth:`sample_actions` acted in.
+        Bring the values, log-probabilities and distribution parameters of many steps at once.
+
+        Steps that :meth:`act` acted in get them, too, where the engine :attr:`defers`: so a run has the same bits whether
+        somebody looks at its steps or not.
 
         :param buffer: where :attr:`~.buffer.ScratchRolloutBuffer.unrated` says which steps these are, for its ``rate``
         """
+
+    def is_as_acted(self) -> bool:
+        """Whether the weights are still those of the last steps; asked after each call of a user's callback."""
+        return True
+
+    def as_acted(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those of the last steps, whatever has become of them since."""
+        return nullcontext()
 
     @abstractmethod
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:

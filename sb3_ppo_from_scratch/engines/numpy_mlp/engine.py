@@ -9,7 +9,7 @@ are drawn as the reference engine draws them, so the two differ by rounding only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -134,12 +134,14 @@ class NumpyEngine(Engine):
 
     @override
     def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
+        if not self.is_as_acted():
+            self._actor = None
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            actions = self._sampled(features, action_masks)
             outputs, values = self.network.forward(features)
             if action_masks is not None:
                 mask_out(outputs, forbidden(action_masks))
-            actions = self.head.sample(outputs.T)
             log_prob, parameters = self._rated(outputs, actions)
         return PolicyStep(
             actions.reshape(-1, *self._action_shape),
@@ -151,18 +153,29 @@ class NumpyEngine(Engine):
     @override
     def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
         features = self.features(obs)
+        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            return self._sampled(features, action_masks).reshape(-1, *self._action_shape)
+
+    def _sampled(self, features: np.ndarray, action_masks: np.ndarray | None) -> np.ndarray:
+        """Actions as the head has them, by the weights of the rollout's beginning."""
         if self._actor is None or self._actor.n_envs != len(features):
             self._actor, self._acted_with = Actor(self.network, len(features)), self.flat.vector.copy()
-        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
-            outputs = self._actor(features)
-            if action_masks is not None:
-                mask_out(outputs, ~action_masks)
-            return self.head.sample(outputs).reshape(-1, *self._action_shape)
+        outputs = self._actor(features)
+        if action_masks is not None:
+            mask_out(outputs, ~action_masks)
+        return self.head.sample(outputs)
+
+    @override
+    def is_as_acted(self) -> bool:
+        return self._actor is None or self.flat.holds(self._acted_with)
+
+    @override
+    def as_acted(self) -> AbstractContextManager[None]:
+        return self.flat.holding(self._acted_with)
 
     @override
     def complete(self, buffer: ScratchRolloutBuffer) -> None:
-        threads = single_threaded(_ROWS * self.network.largest_layer)
-        with np.errstate(all="ignore"), threads, self.flat.holding(self._acted_with):
+        with np.errstate(all="ignore"), single_threaded(_ROWS * self.network.largest_layer):
             for steps in buffer.unrated_steps(_ROWS):
                 observations, actions = buffer.acted(steps)
                 outputs, values = self.network.forward(self.features(observations))
