@@ -49,7 +49,7 @@ clean: ## remove .venv, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/installed: setup.cfg pyproject.toml constraints.txt
+.venv/installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard sb3_ppo_from_scratch/engines/compiled/kernel/*)
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

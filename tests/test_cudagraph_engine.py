@@ -26,6 +26,7 @@ from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffe
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.engines.replayed import MEASURED
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
@@ -244,7 +245,7 @@ def test_gradients_in_double_precision() -> None:
         assert_close(ours, theirs, 1e-12, name)
     assert 0 < expected.clip_fraction < 1
     for name, value in expected._asdict().items():
-        assert learner.log[0, learning._MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
+        assert learner.log[0, MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
 
 
 # ------------------------------------------------------ what the device decides

@@ -89,14 +89,17 @@ class FlatParameters:
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
+    def start_of(self, parameter: th.Tensor) -> int:
+        """Where a parameter begins in the vector."""
+        first = next(i for i, each in enumerate(self.parameters) if each is parameter)
+        return sum(each.numel() for each in self.parameters[:first])
+
     def arrays(self, *parameters: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """
         :param parameters: some that follow each other in the vector, of one shape
         :return: their values and their gradients, ``[len(parameters), *shape]`` each, in the vectors' memory
         """
-        first = next(i for i, parameter in enumerate(self.parameters) if parameter is parameters[0])
-        start = sum(parameter.numel() for parameter in self.parameters[:first])
-        shape = (len(parameters), *parameters[0].shape)
+        start, shape = self.start_of(parameters[0]), (len(parameters), *parameters[0].shape)
         stop = start + math.prod(shape)
         return self.vector[start:stop].reshape(shape), self.gradient[start:stop].reshape(shape)
 
@@ -120,8 +123,19 @@ class FlatAdam:
             for views in zip(*map(flat.split, vectors.values()), steps, strict=True)
         ]
         self._vectors = list(vectors.values())
+        self.vectors = {key: vector.numpy() for key, vector in vectors.items()}
+        """of the moments, ``[size]`` each, by torch's names"""
         self._steps, self._step = steps.numpy(), steps[0]
         self._adopt_state()
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps have been taken."""
+        return int(self._steps[0])
+
+    @n_steps.setter
+    def n_steps(self, n_steps: int) -> None:
+        self._steps[:] = n_steps
 
     def is_current(self) -> bool:
         """Whether the optimizer's state is still this one; ``load_state_dict`` replaces it."""
