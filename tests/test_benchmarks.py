@@ -28,6 +28,7 @@ from benchmarks.cases import CASES, Contestant, build, contestants, missing, sca
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+from tests.helpers import FASTEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,7 @@ def test_throughput_end_to_end(tmp_path: Path) -> None:
     assert case["contestants"][0]["engine"] == "sb3"
     ran = {(row["engine"], row["envs"]) for row in case["contestants"]}
     assert ("torch", "dummy") in ran
-    assert {engine for engine, _ in ran} >= {"numpy"} & set(ENGINE_NAMES)
+    assert {engine for engine, _ in ran} >= {"numpy", FASTEST} & set(ENGINE_NAMES)
     for row in case["contestants"]:
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) > 0
@@ -89,7 +90,7 @@ def test_cartpole_end_to_end(tmp_path: Path) -> None:
     bits = {who: side["same_bits_as_sb3"] for who, side in record["sides"].items()}
     assert bits["reference"]
     assert not bits["fast"]
-    assert record["sides"]["fast"]["title"] == "ScratchPPO, engine auto, which took numpy"
+    assert record["sides"]["fast"]["title"] == f"ScratchPPO, engine auto, which took {FASTEST}"
     assert record["hyperparameters"] == load_task("CartPole-v1").described()
     assert {(run["side"], run["seed"]) for run in record["runs"]} == {(who, 0) for who in record["sides"]}
     assert cartpole.table(record) in printed

@@ -43,8 +43,7 @@ class Choice(NamedTuple):
     """by engine, the reasons of those that come before it"""
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals.items())
-        return self.engine.name + (f" ({reasons})" if reasons else "")
+        return self.engine.name + (f" ({_told(self.refusals)})" if self.refusals else "")
 
 
 def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> Choice:
@@ -67,5 +66,12 @@ def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32",
         if reason is None:
             return Choice(engine, refusals)
         refusals[each] = reason
-    reasons = "; ".join(f"{each}: {reason}" for each, reason in refusals.items())
-    raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({reasons})")
+    raise ValueError(f"engine={name!r} with precision={precision!r} cannot serve this model ({_told(refusals)})")
+
+
+def _told(refusals: dict[str, str]) -> str:
+    """Engines that have the same reason say it together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refusals.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())

@@ -30,7 +30,7 @@ class ReplayedMinibatch(NamedTuple):
     @classmethod
     def of(cls, row: Sequence[float]) -> ReplayedMinibatch:
         """From a row of a log, ``[len(MEASURED)]``."""
-        return cls(PPOLoss(*row[:6]), *row[6:])
+        return cls(PPOLoss(*row[:6]), *row[6:])  # type: ignore[arg-type]  # floats where the loop may have tensors
 
 
 def _nothing() -> None:

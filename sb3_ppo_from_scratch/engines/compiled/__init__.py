@@ -7,8 +7,8 @@ The fastest engine for small networks on a CPU: an update's epochs in C, on the 
 - :mod:`~sb3_ppo_from_scratch.engines.compiled.engine`: describes a policy to the library
 
 ``pip install`` builds the library if there is a C compiler; without one the NumPy engine serves. It has code for AVX-512, for
-AVX2 with FMA, and for everything else, and chooses when it is loaded; ``SCRATCH_PPO_KERNEL=avx512``, ``avx2`` or ``generic`` in
-the environment chooses another, ``none`` switches it off.
+AVX2 with FMA, and for everything else, and chooses when it is loaded. ``SCRATCH_PPO_KERNEL=avx512``, ``avx2`` or ``generic``
+in the environment chooses another, ``none`` switches it off.
 """
 
 from sb3_ppo_from_scratch.engines.compiled.engine import CompiledEngine

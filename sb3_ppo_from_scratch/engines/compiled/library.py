@@ -1,4 +1,4 @@
-"""The shared library that ``pip install`` has built of ``kernel/``, where there was a compiler: structures, and how it is called."""
+"""The shared library that ``pip install`` has built of ``kernel/``, where there was a compiler: how it is found and called."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def _load(path: Path, wanted: str | None) -> Kernel | str:
 
 def _interface_reason(library: ctypes.CDLL) -> str | None:
     """Declare the functions. A library of another version than this file would compute with other fields."""
-    for function, n_arguments in (("kernel_interface", 0), ("kernel_runs_on", 0), ("kernel_scratch_size", 1), ("kernel_epoch", 6)):
-        getattr(library, function).restype = _Integer
+    for name in ("kernel_interface", "kernel_runs_on", "kernel_scratch_size", "kernel_epoch"):
+        getattr(library, name).restype = _Integer
     library.kernel_interface.argtypes = library.kernel_runs_on.argtypes = (_Integer,)
     library.kernel_scratch_size.argtypes = (_Address,)
     library.kernel_epoch.argtypes = (_Address, _Integer, _Address, _Integer, _Integer, _Address)
