@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1
-    from wheel.bdist_wheel import bdist_wheel  # type: ignore[no-redef]  # the same class
 
 FOLDER = "sb3_ppo_from_scratch/engines/compiled/kernel"
 SOURCES = [f"{FOLDER}/{name}.c" for name in ("kernel", "epoch_generic", "epoch_avx2", "epoch_avx512")]

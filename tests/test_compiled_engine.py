@@ -463,7 +463,7 @@ def test_building(compiler: str | None, tmp_path: Path) -> None:
     """Without a compiler that works there is no library, and no error."""
     if compiler is None and shutil.which("cc") is None:
         pytest.skip("no C compiler")
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", "70.1")
     copied = tmp_path / "sb3_ppo_from_scratch"
     shutil.copytree(ROOT / "sb3_ppo_from_scratch", copied, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
