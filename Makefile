@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests docs
 
-.PHONY: help cartpole breakout compare report throughput components test check lint format-check format type clean
+.PHONY: help cartpole breakout compare report throughput components test sanitize check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ components: .venv/installed ## what each part of an iteration costs
 
 test: .venv/installed ## all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+sanitize: .venv/installed ## tests of the compiled engine under the address and undefined-behaviour sanitizers, with GCC
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib build/sanitized
+	OMP_NUM_THREADS=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -o "pythonpath=build/sanitized ." -k "not building" tests/test_compiled_engine.py $(ARGS)
 
 check: format-check lint type test ## everything that must pass before a commit
 
