@@ -131,7 +131,7 @@ static void activation_gradient(const Layer *layer, const LayerMemory *m, int64_
             else if (layer->activation != IDENTITY)
                 gradient *= load(m->derivative + i * ROWS + j);
             store(m->gradient + i * ROWS + j, gradient);
-            total += blend(first_lanes(n - j), gradient, all(0.0f));
+            total += n - j >= V ? gradient : blend(first_lanes(n - j), gradient, all(0.0f));
         }
         bias_gradient[i] += (float)sum(total);
     }
