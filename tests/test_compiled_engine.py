@@ -82,7 +82,9 @@ class Samples(RolloutBuffer):
         self.batches = batches
 
     def get(self, batch_size: int | None = None) -> Iterator[RolloutData]:
-        return (RolloutData(*(None if field is None else th.as_tensor(field) for field in batch)) for batch in self.batches)  # type: ignore[arg-type]
+        return (
+            RolloutData(*(None if field is None else th.as_tensor(field) for field in batch[:7])) for batch in self.batches
+        )  # type: ignore[arg-type]
 
 
 def in_double(batch: Batch) -> Batch:
@@ -448,6 +450,15 @@ def test_more_layers_than_it_takes() -> None:
     policy = make_policy(ACTION_SPACES["discrete"], net_arch={"pi": [2] * 62, "vf": [2]})
     assert choose_engine("auto", policy).refusals == {"compiled": "it takes at most 64 layers"}
     make_engine("compiled", make_policy(ACTION_SPACES["discrete"], net_arch={"pi": [2] * 61, "vf": [2]}))
+
+
+@is_built
+def test_masks_are_left_to_the_numpy_engine() -> None:
+    """Which of them there may be is not known before the rollout."""
+    maskable = pytest.importorskip("sb3_contrib.common.maskable.policies").MaskableActorCriticPolicy
+    policy = maskable(OBSERVATION_SPACES["box"], ACTION_SPACES["discrete"], ConstantSchedule(1e-3))
+    choice = choose_engine("auto", policy)
+    assert (choice.engine, choice.refusals) == (NumpyEngine, {"compiled": "it computes no masks of invalid actions"})
 
 
 def test_an_import_does_not_load_it() -> None:

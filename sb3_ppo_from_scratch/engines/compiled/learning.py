@@ -18,6 +18,8 @@ from sb3_ppo_from_scratch.update import UpdateConfig
 
 __all__ = ["CompiledLearner"]
 
+_READ = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns", "dist_params")
+"""Fields that the kernel reads"""
 _FEW_BYTES = 2**24
 """Observations that are no reals are turned into features all at once if these take no more than that."""
 
@@ -68,7 +70,8 @@ class CompiledLearner(ReplayedLearner):
         """
         update = self._update
         self._batch = _prepared(batch, update, self.features)
-        for name, array in self._batch._asdict().items():
+        for name in _READ:
+            array = getattr(self._batch, name)
             setattr(update, name, None if array is None else array.ctypes.data)
         update.batch_size = max(min(batch_size, batch.size), 1)
         scratch = self.kernel.scratch(update)
@@ -118,7 +121,9 @@ def _prepared(batch: Batch, update: Update, features: Callable[[np.ndarray], np.
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("old_values", "old_log_prob", "advantages", "returns"), rows)
     shapes.update(observations=(*rows, update.n_features), actions=(*rows, update.n_actions))
     shapes["dist_params"] = (*rows, update.n_dist_params)
-    batch = batch._replace(observations=features(batch.observations), actions=batch.actions.reshape(*rows, -1))
+    batch = batch._replace(
+        observations=features(batch.observations), actions=batch.actions.reshape(*rows, -1), action_masks=None
+    )
     prepared: dict[str, Any] = {}
     for name, array in batch._asdict().items():
         if array is not None and array.shape != shapes[name]:
