@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def main() -> None:
     speeds = measure(options.n_envs, options.n_steps, options.rounds)
     record = {**provenance("benchmarks.vector_envs"), "env_id": ENV_ID, "rounds": options.rounds, "n_envs": options.n_envs}
     record |= {"n_steps": options.n_steps, "steps_per_second": speeds}
+    record["versions"] |= {name: version(name) for name in ("mujoco", "envpool") if importlib.util.find_spec(name)}
     print(table(speeds))
     if options.out is not None:
         write_json(Path(options.out), record)
