@@ -430,7 +430,9 @@ def is_channels_last(space: spaces.Space) -> bool:
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
-    array = _array(source).reshape(target.shape)
+    array = source if type(source) is np.ndarray else _array(source)
+    if array.shape != target.shape:
+        array = array.reshape(target.shape)
     if target.dtype == np.uint8 and target.ndim == 4:  # torch transposes images three times as fast as NumPy
         th.from_numpy(target).copy_(th.from_numpy(array))
     else:

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, floor, soak, throughput, timed_run, zoo_engines
+from benchmarks import cartpole, components, floor, soak, throughput, timed_run, vector_envs, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
@@ -376,3 +377,16 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         throughput.parse_options(arguments)
     assert caught.value.code == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_ways_to_step_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a task that needs no mujoco."""
+    kinds = {kind: lambda n_envs: make_vec_env("Pendulum-v1", n_envs) for kind in ("DummyVecEnv", "another")}
+    monkeypatch.setattr(vector_envs, "KINDS", kinds)
+    speeds = vector_envs.measure(n_envs=2, n_steps=32, rounds=2)
+    assert list(speeds) == list(kinds)
+    for each in speeds.values():
+        for speed in each.values():
+            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert each["training"]["max"] < each["alone"]["max"]
+    assert f"| DummyVecEnv | {speeds['DummyVecEnv']['alone']['median']:,} (" in vector_envs.table(speeds)

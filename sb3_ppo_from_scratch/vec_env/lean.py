@@ -77,6 +77,8 @@ class LeanDummyVecEnv(DummyVecEnv):
         super()._save_obs(env_idx, obs)
 
     def _obs_from_buf(self) -> VecEnvObs:
+        if self.keys == [None]:
+            return self.buf_obs[None].copy()  # type: ignore[index]  # SB3's types: always a string
         copies = OrderedDict((key, place.copy()) for key, place in self.buf_obs.items())
         return dict_to_obs(self.observation_space, copies)
 

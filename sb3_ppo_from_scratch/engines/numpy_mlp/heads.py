@@ -359,7 +359,9 @@ class GaussianHead(Head):
     def parameters(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The means, then the log standard deviations."""
         mean, _ = dist
-        return np.concatenate([mean, np.broadcast_to(self.log_std[:, None], mean.shape)]).T
+        parameters = np.empty((2, *mean.shape), mean.dtype)
+        parameters[0], parameters[1] = mean, self.log_std[:, None]
+        return parameters.reshape(-1, mean.shape[1]).T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
         r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""
