@@ -3,13 +3,15 @@ Several processes that train one agent, and what they leave behind.
 
 As a program, ``python -m tests.ranks FOLDER TASK ...``: runs tasks one after the other, or side by side as TASK+TASK, each in
 forked processes (which cost no imports) as torchrun would start them, and writes what each rank returns or raises to
-FOLDER/TASK-RANK.pt.
+FOLDER/TASK-RANK.pt. ``python -m tests.ranks FOLDER kills N SEED`` kills one of two ranks at N random moments of a run, and says
+what became of it.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import random
 import signal
 import socket
 import sys
@@ -33,6 +35,7 @@ from sb3_ppo_from_scratch import MlpPolicy, ResumableCheckpoint, ScratchPPO, has
 from sb3_ppo_from_scratch.distributed import health, rank
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import UpdateConfig, minibatch_loss
+from tests.runs import rows
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_epochs": 2, "seed": 7, "device": "cpu", "data_parallel": True}
 
@@ -235,6 +238,8 @@ TASKS: dict[str, Callable[[Path], Any]] = {
     "whole": lambda folder: run(folder / "whole"),
     "begun": lambda folder: run(folder / "begun", is_killed=True),
     "resumed": lambda folder: run(folder / "begun"),
+    "long": lambda folder: run(folder / "long", total_timesteps=300 * 128),
+    "killed_again": lambda folder: run(folder / "killed_again", total_timesteps=300 * 128),
 }
 
 
@@ -284,9 +289,40 @@ def wait(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
+def kills(folder: Path, n: int, seed: int) -> None:
+    """Print, for each kill, which rank, after how long, how long the other lived on, and what it said."""
+    moments = random.Random(seed)
+    for _ in range(n):
+        pids, number, moment = start("killed_again", folder), moments.randrange(2), moments.uniform(0.3, 6.0)
+        time.sleep(moment)
+        os.kill(pids[number], signal.SIGKILL)
+        killed = time.monotonic()
+        statuses = wait([pids[1 - number]]) + wait([pids[number]])
+        left = th.load(folder / f"killed_again-{1 - number}.pt", weights_only=False)
+        files = sorted(file.name for file in (folder / "killed_again" / "checkpoints").glob("*.ckpt"))
+        print(
+            number,
+            f"{moment:.2f} s",
+            f"{time.monotonic() - killed:.2f} s",
+            statuses,
+            left.get("message"),
+            files[-1:],
+            flush=True,
+        )
+    for task in ("killed_again", "long"):
+        assert wait(start(task, folder)) == [0, 0]
+    for rank_ in (0, 1):
+        a, b = (th.load(folder / f"{task}-{rank_}.pt", weights_only=False)["result"] for task in ("killed_again", "long"))
+        print("rank", rank_, "ends with the same bits:", all(th.equal(a[0][name], b[0][name]) for name in a[0]), a[3], b[3])
+    print("same rows in all files:", rows(folder / "killed_again") == rows(folder / "long"))
+
+
 def main(folder: Path, tasks: list[str]) -> None:
     th.set_num_threads(1)
     th.optim.Adam([th.zeros(1)])  # imports what every child would import for a second or two
+    if tasks[0] == "kills":
+        kills(folder, int(tasks[1]), int(tasks[2]))
+        return
     health._SILENCE, health.PATIENCE = 4.0, 3.0
     for each in tasks:
         started = {task: start(task, folder) for task in each.split("+")}
