@@ -3,7 +3,7 @@ Several processes that train one agent, and what they leave behind.
 
 As a program, ``python -m tests.ranks FOLDER TASK ...``: runs tasks one after the other, or side by side as TASK+TASK, each in
 forked processes (which cost no imports) as torchrun would start them, and writes what each rank returns or raises to
-FOLDER/TASK-RANK.pt. ``python -m tests.ranks FOLDER kills N SEED`` kills one of two ranks at N random moments of a run, and says
+FOLDER/TASK-RANK.pt. ``python -m tests.ranks FOLDER kills N SEED`` kills one of two ranks at N random moments, and says
 what became of it.
 """
 
