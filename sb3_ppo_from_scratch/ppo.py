@@ -372,7 +372,9 @@ class ScratchPPO(RolloutAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies make an engine of their own."""
-        return {**self.__dict__, "_engine": None, "_is_training": False}
+        state = {**self.__dict__, "_engine": None, "_is_training": False}
+        state.pop("_sharing", None)
+        return state
 
     def _is_current(self, engine: Engine) -> bool:
         same = engine.policy is self.policy and engine.loss == self.loss and self.engine in ("auto", engine.name)
@@ -469,9 +471,8 @@ class ScratchPPO(RolloutAlgorithm):
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
-        self._sharing.begin()
-        guarded = guarded_training(self, callback, resumed_from)
-        with self._engine_released(), guarded as checkpoints, self._watched(), explained_failures():
+        self._begin_iterations()
+        with self._engine_released(), guarded_training(self, callback, resumed_from) as checkpoints, explained_failures():
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
                     checkpoint.at_boundary()

@@ -4,12 +4,13 @@ Several processes that train one agent, and what they leave behind.
 As a program, ``python -m tests.ranks FOLDER TASK ...``: runs tasks one after the other, or side by side as TASK+TASK, each in
 forked processes (which cost no imports) as torchrun would start them, and writes what each rank returns or raises to
 FOLDER/TASK-RANK.pt. ``python -m tests.ranks FOLDER kills N SEED`` kills one of two ranks at N random moments, and says
-what became of it.
+what became of it; ``python -m tests.ranks FOLDER hashes`` compares the ranks' parameters over two long runs.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import random
 import signal
@@ -20,16 +21,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from sb3_ppo_from_scratch import MlpPolicy, ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.distributed import health, rank
@@ -189,6 +192,50 @@ def stuck(folder: Path) -> Any:
     return ScratchPPO("MlpPolicy", env, **SMALL).learn(4 * 128).num_timesteps
 
 
+class Hashing(ScratchPPO):
+    """Keeps a hash of the parameters after every update."""
+
+    hashes: ClassVar[list[str]] = []
+
+    def train(self) -> None:
+        super().train()
+        bits = b"".join(parameter.detach().numpy().tobytes() for parameter in self.policy.parameters())
+        self.hashes.append(hashlib.sha256(bits).hexdigest())
+
+
+def trained(env: VecEnv, test_env: VecEnv, n: int, **kwargs: Any) -> Any:
+    """Hashes after all updates, and the return of the agent."""
+    model = Hashing("MlpPolicy", env, seed=1, device="cpu", data_parallel=True, **kwargs).learn(n)
+    if isinstance(env, VecNormalize):
+        test_env = VecNormalize(test_env, training=False, norm_reward=False)
+        sync_envs_normalization(env, test_env)
+    return Hashing.hashes, evaluate_policy(model, test_env, n_eval_episodes=20)
+
+
+def long_cartpole(folder: Path) -> Any:
+    """The zoo's settings."""
+    kwargs = {"learning_rate": LinearSchedule(1e-3, 0.0, 1.0), "clip_range": LinearSchedule(0.2, 0.0, 1.0), "n_steps": 32}
+    kwargs |= {"batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8}
+    return trained(make_vec_env("CartPole-v1", 4), make_vec_env("CartPole-v1"), 100_000, **kwargs)
+
+
+def long_pendulum(folder: Path) -> Any:
+    """The zoo's settings, with statistics."""
+    kwargs = {"n_steps": 1024, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.9, "learning_rate": 1e-3, "use_sde": True}
+    kwargs |= {"sde_sample_freq": 4}
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2), gamma=0.9)
+    return trained(env, make_vec_env("Pendulum-v1"), 100_000, **kwargs)
+
+
+def hashes(folder: Path) -> None:
+    """Print whether all ranks have had the same parameters after every update of two long runs, and their agents' returns."""
+    for task in ("long_cartpole", "long_pendulum"):
+        assert wait(start(task, folder)) == [0, 0]
+        (ours, score), (theirs, _) = (th.load(folder / f"{task}-{i}.pt", weights_only=False)["result"] for i in (0, 1))
+        print(task, len(ours), "updates, the same hashes on both ranks:", ours == theirs, "different ones:", len(set(ours)))
+        print("return of 20 episodes: {:.1f} +- {:.1f}".format(*score), flush=True)
+
+
 def refused(folder: Path) -> list[str]:
     """What it says of a batch that cannot be shared, of environments that are not as many, and of other engines."""
     said = []
@@ -239,6 +286,8 @@ TASKS: dict[str, Callable[[Path], Any]] = {
     "begun": lambda folder: run(folder / "begun", is_killed=True),
     "resumed": lambda folder: run(folder / "begun"),
     "long": lambda folder: run(folder / "long", total_timesteps=300 * 128),
+    "long_cartpole": long_cartpole,
+    "long_pendulum": long_pendulum,
     "killed_again": lambda folder: run(folder / "killed_again", total_timesteps=300 * 128),
 }
 
@@ -322,6 +371,9 @@ def main(folder: Path, tasks: list[str]) -> None:
     th.optim.Adam([th.zeros(1)])  # imports what every child would import for a second or two
     if tasks[0] == "kills":
         kills(folder, int(tasks[1]), int(tasks[2]))
+        return
+    if tasks[0] == "hashes":
+        hashes(folder)
         return
     health._SILENCE, health.PATIENCE = 4.0, 3.0
     for each in tasks:

@@ -502,6 +502,5 @@ def test_two_processes_train_one_agent(tmp_path):
     assert "goes on at 768 of 1024 timesteps" in printed
     resumed = load_from_zip_file(run / "CartPole-v1.zip")[1]["policy"]
     assert all(np.array_equal(resumed[name], value) for name, value in whole.items())
-    for best in ((), ("--load-best",)):
-        enjoyed = zoo("enjoy", *CARTPOLE, "-f", tmp_path / "logs", "--no-render", "-n", 300, *best, cwd=tmp_path)
-        assert "Episode Reward" in enjoyed
+    enjoyed = zoo("enjoy", *CARTPOLE, "-f", tmp_path / "logs", "--no-render", "-n", 500, "--load-best", cwd=tmp_path)
+    assert "Episode Reward" in enjoyed

@@ -104,6 +104,11 @@ class DataParallelAlgorithm(OnPolicyAlgorithm):
         with self.group.watched(lambda: self.num_timesteps):
             yield
 
+    def _begin_iterations(self) -> None:
+        """Before the first rollout."""
+        if self.group.size > 1:
+            self._sharing.begin()
+
     def _all_complete(self, complete: bool) -> bool:
         """After a rollout: whether it is complete on all ranks. What they have seen in it is now known to all of them."""
         return complete if self.group.size == 1 else self._sharing.after_rollout(complete)

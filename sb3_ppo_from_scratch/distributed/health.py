@@ -78,8 +78,10 @@ class Health:
         self._ended.set()
 
     def _say(self, key: str, value: dict[str, Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # whoever kept the store is gone, as the others will see
+        try:
             self.store.set(key, json.dumps(value))
+        except RuntimeError:  # whoever kept the store is gone, as this rank will see when it waits for another
+            self._ended.set()
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):
@@ -109,10 +111,7 @@ class Health:
 
     @contextmanager
     def watched(self, progress: Callable[[], int]) -> Iterator[None]:
-        """See :meth:`Group.watched`; within another one it changes nothing."""
-        if self._progress is not None:
-            yield
-            return
+        """See :meth:`Group.watched`."""
         self.round += 1
         self._progress = progress
         try:
