@@ -174,15 +174,14 @@ class Check:
             raise RankFailedError(rank, f"has ended: there is no process {state['pid']} any more. It was at {state['where']}")
         now = time.monotonic()
         heard = self._heard.setdefault(rank, (state["time"], now))
-        if heard[0] != state["time"]:
-            self._heard[rank] = (state["time"], now)
-        elif now - heard[1] > _SILENCE:
-            self._give_up(
-                rank, state, is_here, f"has given no sign of life for {_SILENCE:.0f} seconds, since {state['where']}"
-            )
-        idle = state["progress"] is None or state["unhurried"]
+        if heard[0] == state["time"]:  # the same as the last time
+            if now - heard[1] > _SILENCE:
+                cause = f"has given no sign of life for {_SILENCE:.0f} seconds, since {state['where']}"
+                self._give_up(rank, state, is_here, cause)
+            return
+        self._heard[rank] = (state["time"], now)
         got_on = self._got_on.setdefault(rank, (state["progress"], now))
-        if idle or got_on[0] != state["progress"]:
+        if state["progress"] is None or state["unhurried"] or got_on[0] != state["progress"]:
             self._got_on[rank] = (state["progress"], now)
         elif now - got_on[1] > PATIENCE:
             self._give_up(rank, state, is_here, f"has not got on for {PATIENCE:.0f} seconds, at {state['where']}")
