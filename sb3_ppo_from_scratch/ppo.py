@@ -40,7 +40,8 @@ from sb3_ppo_from_scratch.checks.arguments import (
     resolve_schedule,
 )
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
-from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.distributed import update_together
+from sb3_ppo_from_scratch.engines import Choice, Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
@@ -129,6 +130,9 @@ class ScratchPPO(RolloutAlgorithm):
     :param nan_observations: where NaN in observations stands for what is missing, and the network knows: ``True``, or the keys
         of a Dict space; ``False`` for nowhere. By default it is an error, unless a network of your own makes finite numbers
         of it, which is a warning. Infinity is always an error.
+    :param data_parallel: whether several processes, started by ``torchrun``, train one agent together
+        (:mod:`sb3_ppo_from_scratch.distributed`). ``batch_size`` and timesteps are then those of all of them, ``env`` holds
+        each one's own environments. It changes nothing where there is one process.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -176,7 +180,11 @@ class ScratchPPO(RolloutAlgorithm):
         precision: str = "fp32",
         nan_policy: str = "raise",
         nan_observations: bool | Collection[str] | None = None,
+        data_parallel: bool = False,
     ):
+        check_flag("data_parallel", data_parallel)
+        self.data_parallel = data_parallel
+        verbose = verbose if self.is_rank_zero else 0
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
         if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
@@ -231,7 +239,7 @@ class ScratchPPO(RolloutAlgorithm):
             self._setup_model()
             self._check_engine()
             self._check_trainable()
-            check_rollout_size(self.n_steps, self.n_envs, self.batch_size, self.normalize_advantage)
+            check_rollout_size(self.n_steps, self.n_envs * self.group.size, self.batch_size, self.normalize_advantage)
 
     # ------------------------------------------------------------------ set-up
 
@@ -269,6 +277,7 @@ class ScratchPPO(RolloutAlgorithm):
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
         check_hyperparameters(self)
+        self._be_quiet()
         self._setup_lr_schedule()
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
@@ -297,11 +306,11 @@ class ScratchPPO(RolloutAlgorithm):
         if not callable(self.loss):
             raise TypeError(f"loss must be a function of a minibatch's outputs, batch and config, not {self.loss!r}")
         try:
-            choose_engine(self.engine, self.policy, self.precision, self.loss)
+            self._choose_engine(self.engine)
         except ValueError as error:
             if not replace or self.engine == "auto":
                 raise
-            choose_engine("auto", self.policy, self.precision, self.loss)
+            self._choose_engine("auto")
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=3)
             self.engine = "auto"
         if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
@@ -310,8 +319,12 @@ class ScratchPPO(RolloutAlgorithm):
                 stacklevel=3,
             )
 
+    def _choose_engine(self, name: str) -> Choice:
+        return choose_engine(name, self.policy, self.precision, self.loss, is_shared=self.group.size > 1)
+
     def _check_trainable(self) -> None:
         """What only training asks for: models may predict whose actions cannot be learned. The buffer follows ``n_steps``."""
+        self._check_processes()
         check_trainable_actions(self.action_space)
         check_integer("n_steps", self.n_steps, 1)
         buffer = self.__dict__.get("rollout_buffer")
@@ -341,7 +354,7 @@ class ScratchPPO(RolloutAlgorithm):
         if engine is None or not self._is_current(engine):
             if engine is not None:
                 engine.release()
-            choice = choose_engine(self.engine, self.policy, self.precision, self.loss)
+            choice = self._choose_engine(self.engine)
             engine = self._engine = choice.engine(self.policy, self.precision, self.loss)
             if self.verbose >= 1:
                 print(f"Using the engine {choice}")
@@ -360,7 +373,9 @@ class ScratchPPO(RolloutAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies make an engine of their own."""
-        return {**self.__dict__, "_engine": None, "_is_training": False}
+        state = {**self.__dict__, "_engine": None, "_is_training": False}
+        state.pop("_sharing", None)
+        return state
 
     def _is_current(self, engine: Engine) -> bool:
         same = engine.policy is self.policy and engine.loss == self.loss and self.engine in ("auto", engine.name)
@@ -400,15 +415,16 @@ class ScratchPPO(RolloutAlgorithm):
         self.use_masking = bool(use_masking)
         self._resumed = None
         iteration = 0
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps,
-            callback,
-            reset_num_timesteps,
-            tb_log_name,
-            progress_bar,
-        )
-        callback.on_training_start(locals(), globals())
-        self._train_until(total_timesteps, callback, log_interval, iteration)
+        with self._watched():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps,
+                callback,
+                reset_num_timesteps,
+                tb_log_name,
+                progress_bar,
+            )
+            callback.on_training_start(locals(), globals())
+            self._train_until(total_timesteps, callback, log_interval, iteration)
         return self
 
     def continue_learning(self: SelfScratchPPO, callback: MaybeCallback = None, progress_bar: bool = False) -> SelfScratchPPO:
@@ -432,13 +448,17 @@ class ScratchPPO(RolloutAlgorithm):
         total_timesteps, log_interval, tb_log_name = (
             resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
         )
-        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
-        callback.on_training_start(locals(), globals())
-        with explained_failures():
-            resumed.restore_run(self, callback)
-            self._find_masks()
-        resumed.announce(self.num_timesteps)
-        self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
+        n_envs = self.n_envs * self.group.size
+        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * n_envs)
+        with self._watched():
+            callback.on_training_start(locals(), globals())
+            with explained_failures():
+                resumed.restore_run(self, callback)
+                self._find_masks()
+            if self.is_rank_zero:
+                resumed.announce(self.num_timesteps)
+            self._begin_together()
+            self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
         return self
 
     def _train_until(
@@ -452,6 +472,7 @@ class ScratchPPO(RolloutAlgorithm):
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
+        self._begin_iterations()
         with self._engine_released(), guarded_training(self, callback, resumed_from) as checkpoints, explained_failures():
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
@@ -462,6 +483,7 @@ class ScratchPPO(RolloutAlgorithm):
                 except BaseException:
                     self._last_obs = None  # whatever state the environments are in, the next learn resets them
                     raise
+                complete = self._all_complete(complete)
                 if not complete:
                     break
                 collected = time.perf_counter()
@@ -483,6 +505,7 @@ class ScratchPPO(RolloutAlgorithm):
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
         self._check_trainable()
+        self._begin_together()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
         if self._masks_actions:
@@ -534,7 +557,9 @@ class ScratchPPO(RolloutAlgorithm):
         resolve_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         with self._engine_released():  # where nobody but the caller trains
-            stats = self._current_engine().update(self.rollout_buffer, config)
+            engine, buffer = self._current_engine(), self.rollout_buffer
+            is_alone = self.group.size == 1
+            stats = engine.update(buffer, config) if is_alone else update_together(engine, buffer, config, self.group)
         self._n_updates += stats.epochs
         self._record(stats, config)
 
@@ -570,7 +595,9 @@ class ScratchPPO(RolloutAlgorithm):
     def _metrics(self, stats: UpdateStats, config: UpdateConfig) -> dict[str, Any]:
         buffer = self.rollout_buffer
         metrics: dict[str, Any] = dict(stats.metrics())
-        metrics["explained_variance"] = explained_variance(*_in_order(buffer, buffer.values, buffer.returns))
+        metrics["explained_variance"] = stats.explained_variance
+        if stats.explained_variance is None:
+            metrics["explained_variance"] = explained_variance(*_in_order(buffer, buffer.values, buffer.returns))
         if hasattr(self.policy, "log_std"):
             metrics["std"] = th.exp(self.policy.log_std).mean().item()
         metrics["clip_range"] = config.clip_range
@@ -740,6 +767,7 @@ class ScratchPPO(RolloutAlgorithm):
             "_nan_understood",
             "_resumed",
             "_scheduled_rate",
+            "_sharing",
             "_train_metrics",
             "_warned_of_masks",
             "_warned_of_skipped",

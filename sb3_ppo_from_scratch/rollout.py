@@ -13,7 +13,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -22,6 +21,7 @@ from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, rates_later
 from sb3_ppo_from_scratch.checkpoint import all_callbacks
 from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
+from sb3_ppo_from_scratch.distributed import DataParallelAlgorithm
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.masks import MaskSource
@@ -43,7 +43,7 @@ _HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratc
 """Whose callbacks leave the policy as it is."""
 
 
-class RolloutAlgorithm(OnPolicyAlgorithm):
+class RolloutAlgorithm(DataParallelAlgorithm):
     """What ``ScratchPPO`` does in phase one."""
 
     nan_observations: bool | Collection[str] | None
@@ -127,7 +127,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             reset_rows = None if native is None else native.reset_rows
             check(new_obs, rewards, n_steps)
 
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * self.group.size
             if not unwatched:
                 callback.update_locals(locals())
                 if not goes_on(callback):

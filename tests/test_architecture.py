@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"buffer"},
     {"checks.finite", "checks.answers", "safe_files"},
     {"update", "vec_env", "checks.hyperparameters"},
+    {"distributed"},
     {"engines", "checkpoint"},
     {"rollout", "evaluation"},
     {"ppo"},

@@ -38,7 +38,9 @@ def test_linked_files_hold_what_the_link_names(text: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "example", EXAMPLES, ids=["example", "native", "masks", "long runs", "loading", "own loss", "equality"]
+    "example",
+    EXAMPLES,
+    ids=["example", "native", "masks", "long runs", "processes", "loading", "own loss", "equality"],
 )
 def test_examples_run(example: str, tmp_path: Path) -> None:
     if "atari" in example:

@@ -46,7 +46,13 @@ class Choice(NamedTuple):
         return self.engine.name + (f" ({_told(self.refusals)})" if self.refusals else "")
 
 
-def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss) -> Choice:
+def choose_engine(
+    name: str,
+    policy: ActorCriticPolicy,
+    precision: str = "fp32",
+    loss: Loss = minibatch_loss,
+    is_shared: bool = False,
+) -> Choice:
     """
     The engine of that name, or with ``"auto"`` the fastest that can do what is asked for.
 
@@ -54,6 +60,7 @@ def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32",
     :param policy: with its optimizer
     :param precision: one of :data:`PRECISIONS`
     :param loss: of a minibatch
+    :param is_shared: whether several processes share each minibatch
     :raises ValueError: for an unknown name or precision, or if no such engine can do it (the message says why)
     """
     if name not in ENGINE_NAMES:
@@ -63,6 +70,8 @@ def choose_engine(name: str, policy: ActorCriticPolicy, precision: str = "fp32",
     refusals: dict[str, str] = {}
     for each, engine in (_FOR_AUTO if name == "auto" else {name: _ENGINES[name]}).items():
         reason = engine.refusal(policy, precision, loss)
+        if is_shared and not engine.shares_minibatches:
+            reason = "it cannot share its minibatches with other processes (data_parallel=True)"
         if reason is None:
             return Choice(engine, refusals)
         refusals[each] = reason

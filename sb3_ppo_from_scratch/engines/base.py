@@ -57,6 +57,8 @@ class Engine(ABC):
     """What ``precision`` may be."""
     defers: ClassVar[bool] = False
     """Whether :meth:`sample_actions` in each step and one :meth:`complete` for many do what :meth:`act` does, for less."""
+    shares_minibatches: ClassVar[bool] = False
+    """Whether several processes may share a minibatch: its learner fills, clips and steps along the parameters' ``grad``."""
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         self.policy = policy

@@ -39,6 +39,7 @@ class CudaGraphEngine(HeadsEngine):
     """
 
     name = "cudagraph"
+    shares_minibatches = False
     buffer_class = DeviceRolloutBuffer
     precisions = ("fp32", "bf16")
 

@@ -57,6 +57,7 @@ class NumpyEngine(Engine):
     """Closed-form PPO for plain MLP policies with Adam, on one CPU thread."""
 
     name = "numpy"
+    shares_minibatches = True
     defers = True
     _actor: Actor | None = None
     """Of this rollout, once somebody has asked for actions alone"""

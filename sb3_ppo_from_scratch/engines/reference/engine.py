@@ -39,6 +39,7 @@ class TorchEngine(Engine):
 
     name = "torch"
     batched_bootstrap = False
+    shares_minibatches = True
 
     @classmethod
     @override
