@@ -19,7 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch import ScratchPPO, load_vec_normalize
 from sb3_ppo_from_scratch.checkpoint.env_state import level_names
 from sb3_ppo_from_scratch.vec_env import LeanDummyVecEnv, LeanVecNormalize, make_lean
 from sb3_ppo_from_scratch.vec_env.lean import copy_infos, update_statistics
@@ -225,6 +225,8 @@ def test_a_models_environments_are_lean_beneath_their_wrappers(tmp_path: Path) -
     normalizer.save(str(tmp_path / "statistics.pkl"))
     loaded = VecNormalize.load(str(tmp_path / "statistics.pkl"), VecMonitor(toy_vec()))
     assert type(loaded) is VecNormalize
+    assert type(load_vec_normalize(str(tmp_path / "statistics.pkl"), VecMonitor(toy_vec()))) is VecNormalize
+    assert type(normalizer) is LeanVecNormalize
     assert b"sb3_ppo_from_scratch" not in (tmp_path / "statistics.pkl").read_bytes()
     assert type(pickle.loads(pickle.dumps(normalizer))) is VecNormalize
 

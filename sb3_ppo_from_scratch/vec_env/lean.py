@@ -124,6 +124,12 @@ class LeanVecNormalize(VecNormalize):
     def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (VecNormalize,), self.__getstate__()  # it opens where this package is not installed
 
+    def save(self, save_path: str) -> None:
+        """As SB3's own class, which every reader knows."""
+        plain = object.__new__(VecNormalize)
+        plain.__dict__.update(self.__dict__)
+        plain.save(save_path)
+
     def step_wait(self) -> VecEnvStepReturn:
         """As SB3 does it, in the same order: observations first, then rewards, then final observations."""
         obs, rewards, dones, infos = self.venv.step_wait()
