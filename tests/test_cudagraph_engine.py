@@ -247,6 +247,40 @@ def test_gradients_in_double_precision() -> None:
         assert learner.log[0, learning._MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
 
 
+def test_a_gradient_shares_no_node_with_graphs_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node remembers the stream that it was made on; on a GPU the default stream's would end a recording."""
+    policy = make_policy()
+    buffer = make_buffer(policy, DeviceRolloutBuffer)
+    fill(make_policy(), buffer)
+    kept = policy.evaluate_actions(th.zeros(2, 3), th.zeros(2))[0].sum()  # by somebody's callback
+    before, within = leaves_of(kept), set[Any]()
+    grad = th.autograd.grad
+
+    def watched(loss: th.Tensor, *arguments: Any) -> Any:
+        within.update(leaves_of(loss))
+        return grad(loss, *arguments)
+
+    monkeypatch.setattr(learning.th.autograd, "grad", watched)
+    CudaGraphEngine(policy).update(buffer, update_config())
+    assert len(before) > 5
+    assert within
+    assert not before & within
+    monkeypatch.undo()
+    again = leaves_of(policy.evaluate_actions(th.zeros(2, 3), th.zeros(2))[0].sum())
+    assert again == before, "the parameters themselves are back, with their nodes"
+
+
+def leaves_of(tensor: th.Tensor) -> set[Any]:
+    """Autograd's nodes of the parameters below ``tensor``."""
+    found, open_nodes = set[Any](), [tensor.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None:
+            found |= {node} if hasattr(node, "variable") else set()
+            open_nodes += [parent for parent, _ in node.next_functions]
+    return found
+
+
 # ------------------------------------------------------ what the device decides
 
 

@@ -22,6 +22,7 @@ from benchmarks.gpu.material import config, exact_gradient, exact_products, fill
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
+from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import sync_debug_mode
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
@@ -198,14 +199,10 @@ def updated(learner: GraphLearner) -> None:
 
 def count_waits(function: Callable[[], object]) -> int:
     """How often ``function`` makes the host wait, as far as torch reports it: not where it waits for an event."""
-    before = th.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        th.cuda.set_sync_debug_mode("warn")
-        try:
+        with sync_debug_mode("warn"):
             function()
-        finally:
-            th.cuda.set_sync_debug_mode(before)
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
