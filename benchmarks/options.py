@@ -47,7 +47,7 @@ def command_line(module: str, description: str, **defaults: Any) -> argparse.Arg
 
     :param module: as in ``python -m module``
     :param description: for ``--help``
-    :param defaults: of those shared options that it takes: commit, out, results, rounds, scale, seed, threads, save_result, progress
+    :param defaults: of those shared options that it takes, by the names in ``_SHARED``
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from benchmarks.gpu.checks import CHECKS, count_waits
+from benchmarks.gpu.checks import CHECKS, SUBJECTS, Subject, count_waits
 from benchmarks.gpu.material import exact_products
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
@@ -35,11 +35,11 @@ def make_env(frames: bool = False) -> VecEnv:
     return DummyVecEnv([lambda: ToyEnv(space, spaces.Discrete(4))] * 2)
 
 
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
-def test_is_right(check: Callable[..., Any]) -> None:
+def test_is_right(check: Callable[..., Any], subject: Subject) -> None:
     with exact_products():
-        results = list(check(CUDA))
-    assert results
+        results = list(check(CUDA, subject))
     assert [result for result in results if not result.passed] == []
 
 

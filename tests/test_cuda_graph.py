@@ -116,7 +116,9 @@ def test_a_function_that_waits_is_called_as_it_is(cuda: FakeCuda) -> None:
         captured.prepare()
     assert cuda.mode == 0
     assert not any("recording" in line for line in cuda.log), "one that fails would leave CUDA's random generator unusable"
-    assert cuda.log[-4:] == ["waits: 0", "end side", "current waits for side", "end unchanged"], "the other stream is waited for"
+    assert cuda.log[-4:] == ["waits: 0", "end side", "current waits for side", "end unchanged"], (
+        "the other stream is waited for"
+    )
     captured()
     assert cuda.log[-1] == "work"
     assert captured.reason == "called a synchronizing CUDA operation"
@@ -130,7 +132,7 @@ def test_a_recording_that_fails_is_no_reason_to_go_on(cuda: FakeCuda) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     captured = Captured(work, th.device("cuda"))
-    with pytest.raises(RuntimeError, match="could not be recorded, .*engine='torch'.*: operation not permitted"):
+    with pytest.raises(RuntimeError, match=r"could not be recorded, .*engine='torch'.*: operation not permitted"):
         captured.prepare()
     assert captured.reason is None
     assert gc.isenabled()
@@ -154,7 +156,9 @@ def test_convolutions_are_tried_out_where_they_may_be(deterministic: bool, cuda:
 
 def test_torchs_watch_over_waits_does_not_tell_every_user_that_it_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     def set_mode(mode: Any) -> None:
-        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", UserWarning, stacklevel=2)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all", UserWarning, stacklevel=2
+        )
 
     monkeypatch.setattr(th.cuda, "set_sync_debug_mode", set_mode)
     monkeypatch.setattr(th.cuda, "get_sync_debug_mode", lambda: 0)

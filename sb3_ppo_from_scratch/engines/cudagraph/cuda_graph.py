@@ -69,7 +69,9 @@ class Captured:
                 self.function()
             return
         with th.cuda.device(self.device), _best_convolutions():
-            stream = th.cuda.Stream()  # of its own, as a recording's must be; autograd remembers streams, so rehearse there too
+            stream = (
+                th.cuda.Stream()
+            )  # of its own, as a recording's must be; autograd remembers streams, so rehearse there too
             try:
                 with unchanged_generator(self.device):
                     self._rehearse(stream)
@@ -143,7 +145,7 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 @contextlib.contextmanager
 def _best_convolutions() -> Iterator[None]:
-    """cuDNN tries its algorithms and takes the fastest, unless it is to be deterministic, as SB3 has it with a seed."""
+    """Let cuDNN try its algorithms and take the fastest, unless it is to be deterministic, as SB3 has it with a seed."""
     cudnn = th.backends.cudnn
     before, cudnn.benchmark = cudnn.benchmark, cudnn.benchmark or not cudnn.deterministic
     try:

@@ -292,9 +292,9 @@ def fresh_leaves(policy: ActorCriticPolicy) -> Iterator[list[th.Tensor]]:
     """
     Within it, the policy computes with leaves of autograd that nobody has used before, in its parameters' memory.
 
-    Autograd's node of a parameter remembers the stream of its first use, and lives as long as anybody holds a graph with it: the
-    policy's ``action_dist`` after ``evaluate_actions`` in a callback, say. The gradient would wait for that stream, which ends a
-    recording.
+    Autograd's node of a parameter remembers the stream of its first use, and lives as long as anybody holds a graph with it:
+    the policy's ``action_dist`` after ``evaluate_actions`` in a callback, say. The gradient would wait for that stream, which
+    ends a recording.
 
     :param policy: whose parameters are back in their places afterwards
     :return: the leaves, in the order of ``policy.parameters()``
