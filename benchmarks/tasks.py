@@ -55,7 +55,7 @@ def schedule(text: str) -> Schedule:
 
 def load_entry(name: str) -> dict[str, Any]:
     """
-    An entry of the hyperparameter file as it stands there: plain values by name, and lists of texts.
+    An entry of the hyperparameter file as it stands there: plain values by name; what a list holds, as texts.
 
     :param name: the entry's
     :raises KeyError: if there is none
@@ -67,7 +67,7 @@ def load_entry(name: str) -> dict[str, Any]:
     for line in takewhile(lambda line: line.startswith(" "), lines[lines.index(f"{name}:") + 1 :]):
         key, _, value = line.strip().partition(":")
         if key.startswith("- "):
-            entry[next(reversed(entry))].append(_plain(line.strip().removeprefix("- ")))
+            entry[next(reversed(entry))].append(line.strip().removeprefix("- "))
         else:
             entry[key] = _plain(value.strip()) if value else []
     return entry
@@ -75,8 +75,6 @@ def load_entry(name: str) -> dict[str, Any]:
 
 def _plain(text: str) -> Any:
     """A YAML scalar: a number, ``true``, ``false`` or ``null``, a text in quotes or without."""
-    if text.endswith("}"):
-        raise ValueError(f"{text} is more than a plain value, and nothing that a benchmark trains")
     words = {"true": True, "false": False, "null": None}
     try:
         return words[text] if text in words else ast.literal_eval(text)

@@ -357,12 +357,12 @@ def test_few_packages_are_enough(tmp_path: Path) -> None:
 def test_the_hyperparameter_file_is_read_as_pyyaml_reads_it() -> None:
     expected = yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))
     for name, entry in expected.items():
-        if name == "CarRacing-v3":
-            with pytest.raises(ValueError, match="more than a plain value"):
-                load_entry(name)
-            continue
-        assert load_entry(name) == entry, name
-        assert [*map(type, load_entry(name).values())] == [*map(type, entry.values())], name
+        found = load_entry(name)
+        if name == "CarRacing-v3":  # a list of mappings, which nobody reads
+            assert [text.partition(":")[0] for text in found["env_wrapper"]] == [next(iter(x)) for x in entry["env_wrapper"]]
+            del found["env_wrapper"], entry["env_wrapper"]
+        assert found == entry, name
+        assert [*map(type, found.values())] == [*map(type, entry.values())], name
     with pytest.raises(KeyError):
         load_entry("no game")
 
