@@ -334,6 +334,7 @@ def _new_session(options: argparse.Namespace) -> Record:
     return {
         **{name: origin[name] for name in names},
         "device": options.device,
+        **({"gpu": th.cuda.get_device_name(options.device)} if options.device.startswith("cuda") else {}),
         "started": started.isoformat(timespec="seconds"),
         "started_at": started.timestamp(),
     }

@@ -16,7 +16,7 @@ import pytest
 import torch as th
 import yaml
 
-from benchmarks import record
+from benchmarks import breakout, record
 from benchmarks.cases import Contestant
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import checks, measure, profile
@@ -352,6 +352,35 @@ def test_few_packages_are_enough(tmp_path: Path) -> None:
     assert "not done yet" in done.stdout
     assert (tmp_path / "pieces" / "pieces.json").exists()
     assert not (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def visit(tmp_path: Path, *arguments: str, python: str = sys.executable) -> tuple[int, str]:
+    """Status and output of the script for a visit, with OUT in a folder of the test's and no wheels."""
+    command = [str(ROOT / "benchmarks" / "gpu" / "visit.sh"), *arguments]
+    environment = {**os.environ, "PYTHON": python}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a script for a shell")
+def test_a_visits_commands_are_what_the_programs_understand(tmp_path: Path) -> None:
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    echo.chmod(0o755)
+    out = str(tmp_path / "out")
+    status, said = visit(tmp_path, "measure", "no wheels", out, "abc", python=str(echo))
+    assert status == 0
+    options = gpu.parse_options(next(line for line in said.splitlines() if "benchmarks.gpu" in line).split()[2:])
+    assert (options.command, options.n_envs, options.commit, options.out) == ("all", [8, 128], "abc", Path(out))
+    assert "tests/test_cuda.py" in (tmp_path / "out" / "test_cuda.txt").read_text(encoding="utf-8")
+    status, said = visit(tmp_path, "breakout", "no wheels", out, "abc", "4", str(tmp_path / "carried"), python=str(echo))
+    assert status == 0
+    chosen = breakout.parse_options(said.split()[2:])
+    assert (chosen.device, chosen.engine, chosen.minutes, chosen.commit) == ("cuda", "cudagraph", 4.0, "abc")
+    assert (chosen.pack, chosen.unpack, chosen.timesteps) == (Path(out) / "pieces", tmp_path / "carried", 1e7)
+    status, said = visit(tmp_path, "breakout", "no wheels", out, "abc", "4", python=str(echo))
+    assert breakout.parse_options(said.split()[2:]).unpack is None
+    assert visit(tmp_path, "fly", "no wheels", out, "abc", python=str(echo))[0] == 2
 
 
 def test_the_hyperparameter_file_is_read_as_pyyaml_reads_it() -> None:

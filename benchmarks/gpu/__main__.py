@@ -13,7 +13,7 @@ training of 10 million steps, in as many commands as it takes, is :mod:`benchmar
 All of it needs a CUDA device, and says so where there is none. Of packages it needs torch, NumPy, Gymnasium, Stable-Baselines3
 and ale-py, and OpenCV for SB3's own environments.
 
-A visit to a machine with a GPU, in 15 minutes and two commands, is ``benchmarks/gpu/visit``.
+A visit to a machine with a GPU, of 15 minutes and two commands, is ``benchmarks/gpu/visit.sh``.
 """
 
 from __future__ import annotations
