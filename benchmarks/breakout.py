@@ -49,6 +49,7 @@ from benchmarks.packing import pack, unpack
 from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_entry, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch.engines import PRECISIONS
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = command_line("benchmarks.breakout", __doc__ or "", out=Path("runs/breakout"), seed=1, threads=2, commit=None)
     parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="%(default)s")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
     parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")

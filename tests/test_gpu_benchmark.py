@@ -127,6 +127,7 @@ def test_every_subject_is_checked_in_a_process_of_its_own(
     assert failed == [
         ("CUDA error: an illegal memory access", "MlpPolicy, Discrete", "fp32"),
         ("it", "CnnPolicy", "fp32"),
+        ("it", "CnnPolicy", "tf32"),
         ("it", "CnnPolicy", "bf16"),
     ]
     assert "FAILED CnnPolicy, bf16: it: 2 <= 1" in capsys.readouterr().out
@@ -171,6 +172,7 @@ def test_who_takes_part() -> None:
         ("none", "fp32"),
         ("torch", "fp32"),
         ("cudagraph", "fp32"),
+        ("cudagraph", "tf32"),
         ("cudagraph", "bf16"),
     }
 

@@ -73,15 +73,16 @@ _KINDS: dict[str, tuple[type[ActorCriticPolicy], spaces.Box, spaces.Space]] = {
     "MlpPolicy, MultiBinary": (ActorCriticPolicy, _VECTOR, spaces.MultiBinary(3)),
     "CnnPolicy": (ActorCriticCnnPolicy, _FRAMES, spaces.Discrete(4)),
 }
-SUBJECTS = (*map(Subject, _KINDS), Subject("CnnPolicy", "bf16"))
+SUBJECTS = (*map(Subject, _KINDS), Subject("CnnPolicy", "tf32"), Subject("CnnPolicy", "bf16"))
 _N_STEPS, _N_ENVS = 16, 8
 # Relative to the norm of what is compared. Sums in another order differ in the last bits of float32; Adam divides gradients by
 # their own size, which makes small ones' errors large, and one update starts from where the last one led: on a CPU an error of
-# 1e-7 in the first weights of the CnnPolicy grows to 2e-5 in the first update, and 8e-3 in the third. bfloat16 has 8 bits.
-_GRADIENT = {"fp32": 1e-4, "bf16": 0.3}
-_FIRST_UPDATE, _SMALL_UPDATES = {"fp32": 1e-3, "bf16": 0.6}, 1e-3
-_ACTING = {"fp32": 1e-4, "bf16": 3e-2}
-_CNN_UPDATES = {"fp32": 5e-2, "bf16": 0.6}
+# 1e-7 in the first weights of the CnnPolicy grows to 2e-5 in the first update, and 8e-3 in the third.
+# bfloat16 has 8 bits, TensorFloat-32 has 11.
+_GRADIENT = {"fp32": 1e-4, "tf32": 0.1, "bf16": 0.3}
+_FIRST_UPDATE, _SMALL_UPDATES = {"fp32": 1e-3, "tf32": 0.3, "bf16": 0.6}, 1e-3
+_ACTING = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+_CNN_UPDATES = {"fp32": 5e-2, "tf32": 0.3, "bf16": 0.6}
 
 
 # ---------------------------------------------------------------------- material
