@@ -76,7 +76,8 @@ def test_options() -> None:
 
 @pytest.mark.slow
 def test_all_checks_pass_on_a_cpu() -> None:
-    results = [result for subject in SUBJECTS for result in checks.run_checks(CPU, subject)]
+    subjects = [subject for subject in SUBJECTS if subject.precision != "tf32"]  # the same as fp32 here
+    results = [result for subject in subjects for result in checks.run_checks(CPU, subject)]
     assert len(results) > 20
     assert [result for result in results if not result.passed] == []
 
