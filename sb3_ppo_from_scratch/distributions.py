@@ -21,7 +21,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 __all__ = ["UncheckedDistributions", "choices", "distribution_parameters", "drop_graph", "exact_kl", "mean_kl"]
@@ -95,7 +95,8 @@ def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.T
         # logits are log-probabilities, and the factors of a MultiDiscrete space are independent
         return F.kl_div(new, old, reduction="none", log_target=True).sum(dim=1)
     if isinstance(distribution, BernoulliDistribution):
-        return kl_divergence(Bernoulli(logits=old), Bernoulli(logits=new)).sum(dim=1)
+        # torch's kl_divergence looks for certain outcomes with a mask, which could make a GPU's host wait
+        return (th.sigmoid(old) * (old - new) + F.softplus(new) - F.softplus(old)).sum(dim=1)
     if isinstance(distribution, DiagGaussianDistribution | StateDependentNoiseDistribution):
         (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, dim=1), new.chunk(2, dim=1)
         return kl_divergence(Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())).sum(dim=1)

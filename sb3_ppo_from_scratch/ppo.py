@@ -124,7 +124,8 @@ class ScratchPPO(RolloutAlgorithm):
         CPU; ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of
         these but the last, which has not been run on a GPU yet
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
-        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32. ``"tf32"`` is for
+        ``"cudagraph"``: TensorFloat-32 in all products.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :param nan_observations: where NaN in observations stands for what is missing, and the network knows: ``True``, or the keys
@@ -310,6 +311,8 @@ class ScratchPPO(RolloutAlgorithm):
         except ValueError as error:
             if not replace or self.engine == "auto":
                 raise
+            if self.precision == "tf32":  # which no CPU has
+                self.precision = "fp32"
             self._choose_engine("auto")
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=3)
             self.engine = "auto"

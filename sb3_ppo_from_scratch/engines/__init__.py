@@ -32,7 +32,7 @@ _FOR_AUTO = {name: engine for name, engine in _ENGINES.items() if engine is not 
 """``"auto"`` chooses among these: what has never run on a GPU is for those who ask for it by name."""
 
 ENGINE_NAMES = ("auto", *_ENGINES)
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class Choice(NamedTuple):

@@ -136,9 +136,9 @@ class GraphLearner:
         """The part that a CUDA graph holds: gather, gradient, clip, Adam, log. It takes its own number from :attr:`index`."""
         plan = self.plan.tensor.index_select(0, self.index)[0]
         batch = self.data.take(plan[:-1], channels_last=True)
-        with UncheckedDistributions():
+        with UncheckedDistributions(), fresh_leaves(self.policy) as leaves:
             loss, kl = self._loss(batch, plan[-1])
-        gradients = th.autograd.grad(loss.total, self.parameters)
+            gradients = th.autograd.grad(loss.total, leaves)
         with th.no_grad():
             th.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
             # as torch's clip_grad_norm_ takes it; of the vector at once float32 would lose a digit more
@@ -253,6 +253,30 @@ class GraphLearner:
             state["step"] += n_steps
             if n_steps == 0 and state["step"] == 0:
                 del self.policy.optimizer.state[parameter]
+
+
+@contextmanager
+def fresh_leaves(policy: ActorCriticPolicy) -> Iterator[list[th.Tensor]]:
+    """
+    Within it, the policy computes with leaves of autograd that nobody has used before, in its parameters' memory.
+
+    Autograd's node of a parameter remembers the stream of its first use, and lives as long as anybody holds a graph with it:
+    the policy's ``action_dist`` after ``evaluate_actions`` in a callback, say. The gradient would wait for that stream, which
+    ends a recording.
+
+    :param policy: whose parameters are back in their places afterwards
+    :return: the leaves, in the order of ``policy.parameters()``
+    """
+    leaves = {parameter: parameter.detach().requires_grad_() for parameter in policy.parameters()}
+    registers: list[dict[str, Any]] = [module._parameters for module in policy.modules()]
+    before = [dict(register) for register in registers]
+    try:
+        for register in registers:
+            register.update({name: leaves[parameter] for name, parameter in register.items() if parameter is not None})
+        yield list(leaves.values())
+    finally:
+        for register, parameters in zip(registers, before, strict=True):
+            register.update(parameters)
 
 
 _ADAM_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
