@@ -31,6 +31,7 @@ class CompiledEngine(NumpyEngine):
     """Plain MLP policies with Adam on one CPU thread, like its base, with updates by a small library in C."""
 
     name = "compiled"
+    shares_minibatches = False
 
     @classmethod
     @override
