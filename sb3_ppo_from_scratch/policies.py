@@ -1,18 +1,59 @@
-"""The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk."""
+"""
+The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk; sb3-contrib's are imported when
+they are asked for by name.
+"""
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.ppo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from torch import nn
 
-__all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy", "SharedMlpExtractor", "SharedMlpPolicy"]
+__all__ = [
+    "CONTRIB_POLICIES",
+    "CnnPolicy",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "SharedMlpExtractor",
+    "SharedMlpPolicy",
+    "contrib_name",
+    "contrib_policy",
+]
+
+CONTRIB_POLICIES: dict[str, str] = {
+    "MlpLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
+    "CnnLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
+    "MultiInputLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
+}
+"""sb3-contrib's policies by name, and the module that each stands in."""
+
+
+def contrib_policy(name: str) -> type[BasePolicy]:
+    """
+    One of :data:`CONTRIB_POLICIES`.
+
+    :raises ImportError: if sb3-contrib is not installed
+    """
+    try:
+        return getattr(importlib.import_module(CONTRIB_POLICIES[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"policy {name!r} needs sb3-contrib: pip install 'sb3-ppo-from-scratch[contrib]'") from error
+
+
+def contrib_name(policy_class: type) -> str | None:
+    """The name of a class among :data:`CONTRIB_POLICIES`, none of which is imported for that; ``None`` if it has none."""
+    for name, module in CONTRIB_POLICIES.items():
+        if getattr(sys.modules.get(module), name, None) is policy_class:
+            return name
+    return None
 
 
 class SharedMlpExtractor(nn.Module):

@@ -42,7 +42,16 @@ from sb3_ppo_from_scratch.checks.arguments import (
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
 from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.losses import PPOLoss
-from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
+from sb3_ppo_from_scratch.policies import (
+    CONTRIB_POLICIES,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    SharedMlpPolicy,
+    contrib_name,
+    contrib_policy,
+)
+from sb3_ppo_from_scratch.recurrent import check_remembered, is_recurrent
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
 from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
@@ -76,7 +85,8 @@ class ScratchPPO(RolloutAlgorithm):
 
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
-    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``, or a policy class
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; with the memory of an LSTM
+        ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; or a policy class
     :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
@@ -202,6 +212,7 @@ class ScratchPPO(RolloutAlgorithm):
         self.nan_observations = nan_observations
         self._nan_understood: set[str] = set()
         self._guard: ObservationGuard | None = None
+        self._last_memory = None
         self._engine: Engine | None = None
         self._is_training = False
         self._warned_of_skipped = False
@@ -230,15 +241,17 @@ class ScratchPPO(RolloutAlgorithm):
         return env
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name not in self.policy_aliases:
-            names = ", ".join(map(repr, self.policy_aliases))
-            raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
-        return self.policy_aliases[policy_name]
+        if policy_name in self.policy_aliases:
+            return self.policy_aliases[policy_name]
+        if policy_name in CONTRIB_POLICIES:
+            return contrib_policy(policy_name)
+        names = ", ".join(map(repr, (*self.policy_aliases, *CONTRIB_POLICIES)))
+        raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
 
     @property
     def _policy_name(self) -> str:
         names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
-        return names.get(self.policy_class, self.policy_class.__name__)
+        return names.get(self.policy_class) or contrib_name(self.policy_class) or self.policy_class.__name__
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
@@ -456,7 +469,7 @@ class ScratchPPO(RolloutAlgorithm):
         with explained_failures():
             prepared = super()._setup_learn(*args, **kwargs)
         if self._last_obs is not before:
-            self._guard = None
+            self._guard = self._last_memory = None
             try:
                 check(self._last_obs, None, 0)
             except ValueError:
@@ -549,6 +562,27 @@ class ScratchPPO(RolloutAlgorithm):
                 "(nan_policy='skip'); train/skipped_minibatches counts them, and this warning comes once",
                 stacklevel=4,
             )
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The policy's actions, and its memory after them.
+
+        :param observation: ``[*obs_shape]``, or ``[n, *obs_shape]`` for n environments, or a dict of such
+        :param state: of a recurrent policy, what the last call returned; ``None`` for a memory of nothing
+        :param episode_start: ``[n]``, whether each observation is the first of an episode; ``None`` for no
+        :param deterministic: whether to take the most likely actions instead of sampling
+        :return: ``[*action_shape]`` or ``[n, *action_shape]``; and the state, ``None`` for a policy without one
+        :raises ValueError: if there are not as many states or starts as observations
+        """
+        if is_recurrent(self.policy):
+            check_remembered(self.policy, observation, state, episode_start)
+        return super().predict(observation, state, episode_start, deterministic)
 
     # ------------------------------------------------------------------ saving
 

@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"errors", "advantages", "losses", "distributions", "policies", "hyperparams"},
     {"checks.arguments"},
     {"buffer"},
-    {"checks.finite", "checks.answers", "safe_files"},
+    {"checks.finite", "checks.answers", "safe_files", "recurrent"},
     {"update", "vec_env", "checks.hyperparameters"},
     {"engines", "checkpoint"},
     {"rollout"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -133,11 +134,19 @@ def check_readable(policy: str, reads_dicts: bool, space: spaces.Space) -> None:
     :raises ValueError: for a space that its features extractor cannot read
     """
     if isinstance(space, spaces.Dict) != reads_dicts:
-        fitting = "'MlpPolicy', 'SharedMlpPolicy' or 'CnnPolicy'" if reads_dicts else "'MultiInputPolicy'"
-        raise ValueError(f"policy must be {fitting} for the observation space {space}, not {policy!r}")
+        raise ValueError(f"policy must be {_fitting(policy, reads_dicts)} for the observation space {space}, not {policy!r}")
     for leaf in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
         if isinstance(leaf, spaces.Box) and leaf.shape == ():
             raise ValueError(f"a Box observation space must have a dimension, not {leaf} of shape (); reshape it to (1,)")
+
+
+def _fitting(policy: str, reads_dicts: bool) -> str:
+    """The policies of the same family for the other kind of space."""
+    if policy == "MultiInputPolicy":
+        return "'MlpPolicy', 'SharedMlpPolicy' or 'CnnPolicy'"
+    if reads_dicts:
+        return " or ".join(repr(policy.replace("MultiInput", kind)) for kind in ("Mlp", "Cnn"))
+    return repr(re.sub("SharedMlp|Mlp|Cnn", "MultiInput", policy))
 
 
 def check_nan_observations(value: Any, space: spaces.Space) -> None:

@@ -7,8 +7,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_flag,
@@ -20,7 +21,8 @@ from sb3_ppo_from_scratch.checks.arguments import (
     check_scheduled,
 )
 from sb3_ppo_from_scratch.checks.finite import NAN_POLICIES
-from sb3_ppo_from_scratch.policies import MultiInputPolicy
+from sb3_ppo_from_scratch.policies import contrib_name
+from sb3_ppo_from_scratch.recurrent import check_recurrent_arguments, is_recurrent
 
 __all__ = ["check_hyperparameters", "check_rollout_size"]
 
@@ -43,13 +45,26 @@ def check_hyperparameters(model: Any) -> None:
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
+    if is_recurrent(model.policy_class) and not _keeps_memory(buffer_class):
+        raise ValueError(
+            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer, or None, for a recurrent policy, which learns "
+            f"from sequences and what was remembered before them, not {buffer_class.__name__}"
+        )
+
+
+def _keeps_memory(buffer_class: type[RolloutBuffer] | None) -> bool:
+    return buffer_class in (None, RolloutBuffer, DictRolloutBuffer) or issubclass(buffer_class, ScratchRolloutBuffer)
 
 
 def _check_spaces(model: Any) -> None:
     check_observation_space(model.observation_space)
     check_action_space(model.action_space)
-    if "features_extractor_class" not in model.policy_kwargs and model.policy_class in model.policy_aliases.values():
-        check_readable(model._policy_name, model.policy_class is MultiInputPolicy, model.observation_space)
+    policy_class = model.policy_class
+    is_known = policy_class in model.policy_aliases.values() or contrib_name(policy_class) is not None
+    if "features_extractor_class" not in model.policy_kwargs and is_known:
+        check_readable(model._policy_name, "MultiInput" in model._policy_name, model.observation_space)
+    if is_recurrent(policy_class):
+        check_recurrent_arguments(model.policy_kwargs)
     if model.policy_kwargs.get("squash_output") and not model.use_sde:
         raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
     check_nan_observations(model.nan_observations, model.observation_space)
@@ -93,7 +108,13 @@ def check_rollout_size(n_steps: int, n_envs: int, batch_size: int, normalize_adv
             "n_steps * n_envs must be at least 2, since one advantage alone cannot be normalized "
             f"(normalize_advantage=True), not n_steps={n_steps} times n_envs={n_envs}"
         )
-    if size % batch_size > 0:
+    if size < batch_size:
+        warnings.warn(
+            f"batch_size={batch_size} is larger than the rollout of n_steps * n_envs = {size} transitions (n_steps={n_steps}, "
+            f"n_envs={n_envs}): each epoch will be one truncated mini-batch of size {size}",
+            stacklevel=3,
+        )
+    elif size % batch_size > 0:
         warnings.warn(
             f"batch_size={batch_size} does not divide the rollout of n_steps * n_envs = {size} transitions "
             f"(n_steps={n_steps}, n_envs={n_envs}): after every {size // batch_size} full ones "

@@ -24,6 +24,7 @@ from sb3_ppo_from_scratch.engines.cudagraph.acting import Player
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
 from sb3_ppo_from_scratch.engines.reference import HeadsEngine
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["CudaGraphEngine"]
@@ -77,7 +78,7 @@ class CudaGraphEngine(HeadsEngine):
             self._player, self._addresses = None, addresses
 
     @override
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
         """Values and the rest stay on the device."""
         if self._player is None or not self._player.fits(obs):
             self._player = Player(self.heads, obs, self.policy.action_space)

@@ -36,6 +36,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, Categori
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["NumpyEngine"]
@@ -122,7 +123,7 @@ class NumpyEngine(Engine):
     # ---------------------------------------------------------------- rollout
 
     @override
-    def act(self, obs: PyTorchObs) -> PolicyStep:
+    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
             outputs, values = self.network.forward(features)
@@ -164,7 +165,7 @@ class NumpyEngine(Engine):
 
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
         return th.from_numpy(self.network.forward(self.features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
 
     def features(self, obs: np.ndarray) -> np.ndarray:
