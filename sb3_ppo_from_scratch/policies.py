@@ -1,6 +1,6 @@
 """
-The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk; sb3-contrib's are imported when
-they are asked for by name.
+The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk; sb3-contrib's are imported
+when they are asked for by name.
 """
 
 from __future__ import annotations

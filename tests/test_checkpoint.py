@@ -209,7 +209,7 @@ def run_killed(task: str, folder: Path, kills: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize(("task", "kills"), [("cartpole", 20), ("breakout", 2)])
+@pytest.mark.parametrize(("task", "kills"), [("cartpole", 20), ("memory", 3), ("breakout", 2)])
 def test_killed_at_random_moments(task: str, kills: int, tmp_path: Path) -> None:
     if task == "breakout":
         pytest.importorskip("ale_py")

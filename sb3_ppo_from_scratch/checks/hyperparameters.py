@@ -45,15 +45,16 @@ def check_hyperparameters(model: Any) -> None:
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
-    if is_recurrent(model.policy_class) and not _keeps_memory(buffer_class):
+    if buffer_class is not None and is_recurrent(model.policy_class) and not _keeps_memory(buffer_class):
         raise ValueError(
             "rollout_buffer_class must be a subclass of ScratchRolloutBuffer, or None, for a recurrent policy, which learns "
             f"from sequences and what was remembered before them, not {buffer_class.__name__}"
         )
 
 
-def _keeps_memory(buffer_class: type[RolloutBuffer] | None) -> bool:
-    return buffer_class in (None, RolloutBuffer, DictRolloutBuffer) or issubclass(buffer_class, ScratchRolloutBuffer)
+def _keeps_memory(buffer_class: type[RolloutBuffer]) -> bool:
+    """Whether it does, or ours takes its place."""
+    return buffer_class in (RolloutBuffer, DictRolloutBuffer) or issubclass(buffer_class, ScratchRolloutBuffer)
 
 
 def _check_spaces(model: Any) -> None:

@@ -1,7 +1,7 @@
 """
 Policies with a memory: what an LSTM remembers of each environment, and the sequences that it learns from.
 
-A recurrent minibatch is still B transitions. Only the network sees sequences; loss, statistics and optimizer do not know of them.
+A recurrent minibatch is still B transitions. Only the network sees sequences; loss, statistics and optimizer know of none.
 """
 
 from sb3_ppo_from_scratch.recurrent.memory import (

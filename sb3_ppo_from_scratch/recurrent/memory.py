@@ -24,7 +24,7 @@ class Memory(NamedTuple):
     """What a policy is to remember while it looks at one observation of each environment."""
 
     states: th.Tensor
-    """``[n_states, n_layers, n_envs, hidden_size]``: hidden and cell state of the actor, then of the critic if it has its own"""
+    """``[n_states, n_layers, n_envs, hidden_size]``: the actor's hidden and cell state, then the critic's if it has its own"""
     starts: th.Tensor
     """``[n_envs]``, float32: 1 where the observation is the first of an episode, so that the state counts as zero"""
 
@@ -73,7 +73,7 @@ def remembered(policy: Any, kept: np.ndarray | None, episode_starts: np.ndarray)
 
 def check_remembered(policy: Any, observation: Any, state: Any, episode_start: Any) -> None:
     """
-    What ``predict`` is given besides observations: sb3-contrib takes three observations with one state for one sequence of three.
+    What ``predict`` is given besides observations: contrib takes three observations with one state for a sequence of three.
 
     :param policy: recurrent
     :param observation: ``[*obs_shape]`` or ``[n, *obs_shape]``, or a dict of such
@@ -89,8 +89,8 @@ def check_remembered(policy: Any, observation: Any, state: Any, episode_start: A
     if state is not None and (len(state) != 2 or any(np.shape(part) != shape for part in state)):
         given = [list(np.shape(part)) for part in state]
         raise ValueError(
-            f"state must be two arrays of shape [n_layers, n, hidden_size] = {list(shape)}, as predict returns them for n = {n} "
-            f"observations, not of shapes {given}"
+            f"state must be two arrays of shape [n_layers, n, hidden_size] = {list(shape)}, as predict returns them for "
+            f"n = {n} observations, not of shapes {given}"
         )
     if episode_start is not None and np.shape(np.atleast_1d(episode_start)) != (n,):
         raise ValueError(f"episode_start must have shape [{n}], one per observation, not {list(np.shape(episode_start))}")
@@ -107,11 +107,13 @@ def check_recurrent_arguments(policy_kwargs: Mapping[str, Any]) -> None:
     for name in ("shared_lstm", "enable_critic_lstm"):
         check_flag(f"policy_kwargs[{name!r}]", policy_kwargs.get(name, True))
     if policy_kwargs.get("shared_lstm", False) and policy_kwargs.get("enable_critic_lstm", True):
-        raise ValueError("policy_kwargs={'shared_lstm': True} needs 'enable_critic_lstm': False: the critic has one LSTM or none")
+        raise ValueError(
+            "policy_kwargs={'shared_lstm': True} needs 'enable_critic_lstm': False: the critic has one LSTM or none"
+        )
     lstm_kwargs = policy_kwargs.get("lstm_kwargs") or {}
     for name in ("proj_size", "bidirectional", "batch_first"):
         if lstm_kwargs.get(name):
             raise ValueError(
-                f"policy_kwargs['lstm_kwargs'] must leave out {name!r}, not set it to {lstm_kwargs[name]!r}: the policy is made "
-                "for outputs of lstm_hidden_size numbers, forward in time"
+                f"policy_kwargs['lstm_kwargs'] must leave out {name!r}, not set it to {lstm_kwargs[name]!r}: the policy is "
+                "made for outputs of lstm_hidden_size numbers, forward in time"
             )

@@ -259,7 +259,9 @@ def _check_policy_kwargs(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a dict, not {shown(value)}")
         elif name in ("lstm_hidden_size", "n_lstm_layers") and not _is_integer(value):
             raise ValueError(f"{name} must be an integer, not {shown(value)}")
-    if unknown := (kwargs.get("lstm_kwargs") or {}).keys() - _OF_AN_LSTM:  # a device, say, would get memory before it is checked
+    if (
+        unknown := (kwargs.get("lstm_kwargs") or {}).keys() - _OF_AN_LSTM
+    ):  # a device, say, would get memory before it is checked
         raise ValueError(f"lstm_kwargs must be of {', '.join(sorted(_OF_AN_LSTM))}, not {shown(sorted(map(str, unknown)))}")
 
 
