@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecNormalize
@@ -23,6 +23,7 @@ __all__ = [
     "action_dtype",
     "is_channels_last",
     "is_ours",
+    "is_replaceable",
     "minibatch_source",
     "rates_later",
 ]
@@ -436,6 +437,11 @@ def _array(source: Any) -> np.ndarray:
 def is_ours(buffer: RolloutBuffer) -> TypeGuard[ScratchRolloutBuffer]:
     """Whether ``buffer`` may be read as a data set. A class of the user's with a ``get`` of its own keeps the last word."""
     return isinstance(buffer, ScratchRolloutBuffer) and type(buffer).get is ScratchRolloutBuffer.get
+
+
+def is_replaceable(buffer_class: type[RolloutBuffer]) -> bool:
+    """Whether ours may stand in for a class: SB3's and sb3-contrib's own, as their files name them, hold the same data."""
+    return buffer_class in (RolloutBuffer, DictRolloutBuffer) or buffer_class.__module__.startswith("sb3_contrib.")
 
 
 def minibatch_source(buffer: RolloutBuffer) -> Callable[[int], Iterator[RolloutData]]:

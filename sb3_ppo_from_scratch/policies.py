@@ -1,7 +1,4 @@
-"""
-The networks. SB3's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk; sb3-contrib's are imported
-when they are asked for by name.
-"""
+"""The networks. SB3's and sb3-contrib's policies serve as they are; ``SharedMlpPolicy`` adds two heads on one trunk."""
 
 from __future__ import annotations
 
@@ -12,48 +9,50 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.ppo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from torch import nn
 
 __all__ = [
-    "CONTRIB_POLICIES",
+    "RECURRENT",
     "CnnPolicy",
     "MlpPolicy",
     "MultiInputPolicy",
     "SharedMlpExtractor",
     "SharedMlpPolicy",
-    "contrib_name",
-    "contrib_policy",
+    "import_policy",
+    "imported",
 ]
 
-CONTRIB_POLICIES: dict[str, str] = {
-    "MlpLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
-    "CnnLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
-    "MultiInputLstmPolicy": "sb3_contrib.ppo_recurrent.policies",
+RECURRENT = {
+    "MlpLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentActorCriticPolicy",
+    "CnnLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentActorCriticCnnPolicy",
+    "MultiInputLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentMultiInputActorCriticPolicy",
 }
-"""sb3-contrib's policies by name, and the module that each stands in."""
+"""Policies that remember, by an LSTM: sb3-contrib's classes, by module and name."""
 
 
-def contrib_policy(name: str) -> type[BasePolicy]:
+def import_policy(where: str) -> Any:
     """
-    One of :data:`CONTRIB_POLICIES`.
+    One of sb3-contrib's policies, which is imported for those who ask for one.
 
-    :raises ImportError: if sb3-contrib is not installed
+    :param where: its module and its name, as in :data:`RECURRENT`
+    :raises ModuleNotFoundError: if sb3-contrib is not installed
     """
+    module, _, name = where.partition(":")
     try:
-        return getattr(importlib.import_module(CONTRIB_POLICIES[name]), name)
+        return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"policy {name!r} needs sb3-contrib: pip install 'sb3-ppo-from-scratch[contrib]'") from error
+        raise ModuleNotFoundError(
+            f"this policy is sb3-contrib's, which is not installed ({error}): pip install 'sb3-ppo-from-scratch[contrib]'"
+        ) from error
 
 
-def contrib_name(policy_class: type) -> str | None:
-    """The name of a class among :data:`CONTRIB_POLICIES`, none of which is imported for that; ``None`` if it has none."""
-    for name, module in CONTRIB_POLICIES.items():
-        if getattr(sys.modules.get(module), name, None) is policy_class:
-            return name
-    return None
+def imported(where: str) -> Any:
+    """The same without importing anything: ``None`` where nobody has imported it, and nothing can be of that class."""
+    module, _, name = where.partition(":")
+    return getattr(sys.modules.get(module), name, None)
 
 
 class SharedMlpExtractor(nn.Module):

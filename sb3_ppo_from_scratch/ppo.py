@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, get_device
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.buffer import RolloutData, is_replaceable
 from sb3_ppo_from_scratch.checkpoint import Resumed, all_callbacks, guarded_training, load_run
 from sb3_ppo_from_scratch.checks.arguments import (
     check_device,
@@ -43,13 +43,13 @@ from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, c
 from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
-    CONTRIB_POLICIES,
+    RECURRENT,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
     SharedMlpPolicy,
-    contrib_name,
-    contrib_policy,
+    import_policy,
+    imported,
 )
 from sb3_ppo_from_scratch.recurrent import check_remembered, is_recurrent
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
@@ -129,12 +129,14 @@ class ScratchPPO(RolloutAlgorithm):
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+    policy_aliases: ClassVar[dict[str, type[BasePolicy] | str]] = {  # type: ignore[assignment]  # SB3's are classes
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
+        **RECURRENT,
     }
+    """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
     """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
 
@@ -241,17 +243,21 @@ class ScratchPPO(RolloutAlgorithm):
         return env
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name in self.policy_aliases:
-            return self.policy_aliases[policy_name]
-        if policy_name in CONTRIB_POLICIES:
-            return contrib_policy(policy_name)
-        names = ", ".join(map(repr, (*self.policy_aliases, *CONTRIB_POLICIES)))
-        raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
+        if policy_name not in self.policy_aliases:
+            names = ", ".join(map(repr, self.policy_aliases))
+            raise ValueError(f"policy must be one of {names} or a policy class, not {policy_name!r}")
+        policy = self.policy_aliases[policy_name]
+        return import_policy(policy) if isinstance(policy, str) else policy
+
+    @property
+    def _named_policies(self) -> dict[type[BasePolicy], str]:
+        """The names of policies, as far as they have been imported."""
+        aliases = self.policy_aliases.items()
+        return {imported(policy) if isinstance(policy, str) else policy: name for name, policy in aliases}
 
     @property
     def _policy_name(self) -> str:
-        names = {policy_class: name for name, policy_class in self.policy_aliases.items()}
-        return names.get(self.policy_class) or contrib_name(self.policy_class) or self.policy_class.__name__
+        return self._named_policies.get(self.policy_class, self.policy_class.__name__)
 
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
@@ -309,7 +315,7 @@ class ScratchPPO(RolloutAlgorithm):
     def rollout_buffer(self) -> RolloutBuffer:  # type: ignore[override]  # SB3 assigns it; here it waits for its first use
         """The rollout buffer, allocated when first asked for: a model that only predicts never has one."""
         buffer_class = self.rollout_buffer_class
-        if buffer_class in (None, RolloutBuffer, DictRolloutBuffer):  # SB3's own, as saved by SB3's PPO, hold the same data
+        if buffer_class is None or is_replaceable(buffer_class):
             buffer_class = self._current_engine().buffer_class
         return buffer_class(
             self.n_steps,

@@ -7,9 +7,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_replaceable
 from sb3_ppo_from_scratch.checks.arguments import (
     check_action_space,
     check_flag,
@@ -21,7 +21,6 @@ from sb3_ppo_from_scratch.checks.arguments import (
     check_scheduled,
 )
 from sb3_ppo_from_scratch.checks.finite import NAN_POLICIES
-from sb3_ppo_from_scratch.policies import contrib_name
 from sb3_ppo_from_scratch.recurrent import check_recurrent_arguments, is_recurrent
 
 __all__ = ["check_hyperparameters", "check_rollout_size"]
@@ -54,17 +53,16 @@ def check_hyperparameters(model: Any) -> None:
 
 def _keeps_memory(buffer_class: type[RolloutBuffer]) -> bool:
     """Whether it does, or ours takes its place."""
-    return buffer_class in (RolloutBuffer, DictRolloutBuffer) or issubclass(buffer_class, ScratchRolloutBuffer)
+    return is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)
 
 
 def _check_spaces(model: Any) -> None:
     check_observation_space(model.observation_space)
     check_action_space(model.action_space)
-    policy_class = model.policy_class
-    is_known = policy_class in model.policy_aliases.values() or contrib_name(policy_class) is not None
-    if "features_extractor_class" not in model.policy_kwargs and is_known:
-        check_readable(model._policy_name, "MultiInput" in model._policy_name, model.observation_space)
-    if is_recurrent(policy_class):
+    name = model._policy_name
+    if "features_extractor_class" not in model.policy_kwargs and model.policy_class in model._named_policies:
+        check_readable(name, "MultiInput" in name, model.observation_space)
+    if is_recurrent(model.policy_class):
         check_recurrent_arguments(model.policy_kwargs)
     if model.policy_kwargs.get("squash_output") and not model.use_sde:
         raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")

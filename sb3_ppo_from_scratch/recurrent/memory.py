@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch as th
 
 from sb3_ppo_from_scratch.checks.arguments import check_flag, check_integer
+from sb3_ppo_from_scratch.policies import RECURRENT, imported
 
 __all__ = ["LSTM_STATES", "Memory", "check_recurrent_arguments", "check_remembered", "is_recurrent", "remembered"]
 
@@ -49,9 +49,8 @@ class Memory(NamedTuple):
 
 def is_recurrent(policy: Any) -> bool:
     """Whether a policy, or a class of policies, is one of sb3-contrib's with an LSTM; contrib is not imported for that."""
-    contrib: Any = sys.modules.get("sb3_contrib.common.recurrent.policies")
-    kind = policy if isinstance(policy, type) else type(policy)
-    return contrib is not None and issubclass(kind, contrib.RecurrentActorCriticPolicy)
+    base = imported(RECURRENT["MlpLstmPolicy"])
+    return base is not None and issubclass(policy if isinstance(policy, type) else type(policy), base)
 
 
 def remembered(policy: Any, kept: np.ndarray | None, episode_starts: np.ndarray) -> Memory:
