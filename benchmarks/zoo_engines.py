@@ -21,6 +21,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.tasks import HYPERPARAMETERS, Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import Choice, choose_engine
+from sb3_ppo_from_scratch.policies import import_policy
 
 __all__ = ["choices", "main", "table"]
 
@@ -37,7 +38,7 @@ def _spaces(name: str) -> tuple[spaces.Space, spaces.Space]:
         observations = spaces.Box(0, 255, (64,), np.uint8)
     else:
         observations = spaces.Box(-np.inf, np.inf, (8,), np.float32)
-    is_discrete = name in _DISCRETE or name.startswith(_MINIGRID) or ("NoVel" in name and name.startswith("CartPole"))
+    is_discrete = name.replace("NoVel", "") in _DISCRETE or name.startswith(_MINIGRID)
     return observations, spaces.Discrete(4) if is_discrete else spaces.Box(-1, 1, (2,), np.float32)
 
 
@@ -49,8 +50,8 @@ def choices() -> dict[str, Choice]:
 
 
 def _choice(task: Task, observations: spaces.Space, actions: spaces.Space) -> Choice:
-    kinds = ScratchPPO.policy_aliases
-    policy = kinds[task.policy](
+    kind = ScratchPPO.policy_aliases[task.policy]
+    policy = (import_policy(kind) if isinstance(kind, str) else kind)(
         observations,
         actions,
         lambda progress: 1e-3,

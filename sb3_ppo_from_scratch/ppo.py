@@ -116,8 +116,9 @@ class ScratchPPO(RolloutAlgorithm):
     :param _init_setup_model: whether to build the networks now
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
         on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU; ``"lstm"``,
-        for policies with an LSTM on a CPU (:mod:`sb3_ppo_from_scratch.engines.lstm`); ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these
-        but the last, which has not been run on a GPU yet
+        for policies with an LSTM on a CPU (:mod:`sb3_ppo_from_scratch.engines.lstm`); ``"cudagraph"``, for CUDA devices
+        (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these but the last, which has not been run
+        on a GPU yet
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
         that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
