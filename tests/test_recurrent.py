@@ -234,10 +234,11 @@ def limited() -> VecEnv:
 
 @pytest.mark.parametrize("make_env", [native, limited])
 @pytest.mark.parametrize("changes", [{}, {"enable_critic_lstm": False, "shared_lstm": True}])
-def test_memory_lives_as_long_as_an_episode(make_env: Callable[[], VecEnv], changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("engine", ["torch", "lstm"])
+def test_memory_lives_as_long_as_an_episode(make_env: Callable[[], VecEnv], changes: dict[str, Any], engine: str) -> None:
     """Values of two rollouts, and those behind time limits, are those of episodes read from their beginning (trap 27)."""
     kwargs = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "learning_rate": 0.0, "policy_kwargs": {**LSTM, **changes}}
-    model, watch = ScratchPPO("MlpLstmPolicy", make_env(), seed=1, device="cpu", **kwargs), Watch()
+    model, watch = ScratchPPO("MlpLstmPolicy", make_env(), seed=1, device="cpu", engine=engine, **kwargs), Watch()
     state: list[Any] = [None, None]
     bootstrapped = 0
     for _ in range(2):
