@@ -148,15 +148,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if ours is None:
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
-                extras = self.row_extras(infos)
-                if memory is not None:
-                    extras = {**extras, LSTM_STATES: memory.array()}
+                extras = {**self.row_extras(infos), **({} if memory is None else {LSTM_STATES: memory.array()})}
                 ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
             self._last_obs = new_obs
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
-            if after is not None:
-                self._last_memory = after.array()
-                memory = self._remembered()
+            memory = self._remember(after)
 
         self._complete(engine, rollout_buffer, finals)
         values = self._ask(engine.predict_values, new_obs, observe(new_obs), memory)  # type: ignore[arg-type]  # no tuple
@@ -181,6 +177,13 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             return None
         assert self._last_episode_starts is not None
         return remembered(self.policy, self._last_memory, self._last_episode_starts)
+
+    def _remember(self, after: Memory | None) -> Memory | None:
+        """Keep what a recurrent policy remembers after a step, and return it as it counts before the next one."""
+        if after is None:
+            return None
+        self._last_memory = after.array()
+        return self._remembered()
 
     def _ask(self, question: Callable[..., Any], obs: Any, prepared: Any, memory: Memory | None = None) -> Any:
         """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
