@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests docs
 
-.PHONY: help cartpole breakout compare report throughput components test check lint format-check format type clean
+.PHONY: help cartpole breakout compare report throughput components test sanitize check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,11 @@ components: .venv/installed ## what each part of an iteration costs
 test: .venv/installed ## all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+sanitize: .venv/installed ## tests of the compiled engine under the address and undefined-behaviour sanitizers, with GCC
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib build/sanitized
+	OMP_NUM_THREADS=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+		$(BIN)/python -m pytest -o "pythonpath=build/sanitized ." -k "not building" tests/test_compiled_engine.py $(ARGS)
+
 check: format-check lint type test ## everything that must pass before a commit
 
 lint: .venv/installed ## ruff's rules
@@ -49,7 +54,7 @@ clean: ## remove .venv, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/installed: setup.cfg pyproject.toml constraints.txt
+.venv/installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard sb3_ppo_from_scratch/engines/compiled/kernel/*)
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -18,34 +18,42 @@ A checkpoint has 20 MiB. Where that is too much to keep, an agent and the record
 goes on with the same steps and schedules, though with new moments of Adam, and so not with the same bits::
 
     python -m benchmarks.breakout --out runs/breakout --start benchmarks/results/breakout
+
+Where each command runs on another machine, ``--unpack`` takes the folder that ``--pack`` has left (:mod:`benchmarks.packing`):
+all that the next command needs, in pieces. The first command goes without ``--unpack``::
+
+    python -m benchmarks.breakout --device cuda --engine cudagraph --minutes 8 --out runs/gpu --unpack pieces --pack pieces
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
-import yaml
-from matplotlib.axes import Axes
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from benchmarks.drawing import BLACK, BLUE, GREEN, VERMILION, save_figure, subplots
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.options import command_line, number
+from benchmarks.packing import pack, unpack
 from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_entry, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
+from sb3_ppo_from_scratch.engines import PRECISIONS
 from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "ENV_ID",
@@ -264,6 +272,8 @@ def draw(record: Record, path: Path) -> None:
     :param record: of a run, finished or not
     :param path: the PNG to write
     """
+    from benchmarks.drawing import GREEN, VERMILION, save_figure, subplots  # matplotlib need not be on a machine that trains
+
     total = float(record["timesteps"])
     reached = steps_done(record)
     figure, axes = subplots(1, 1 if record["done"] else 2, (10, 4.4))
@@ -283,6 +293,8 @@ def draw(record: Record, path: Path) -> None:
 
 
 def _draw_scores(axis: Axes, record: Record) -> None:
+    from benchmarks.drawing import BLACK, BLUE
+
     games = [row for row in record["training"] if row["mean"] is not None]
     axis.plot(_millions(games), [row["mean"] for row in games], color=BLUE, linewidth=1.2, label="training games, mean")
     returns = [row["returns"] for row in record["evaluations"]]
@@ -319,10 +331,11 @@ def _new_session(options: argparse.Namespace) -> Record:
     """Where and with what a command ran; what it did is added as it happens."""
     started = datetime.now(timezone.utc)
     names = ("command", "commit", "machine", "versions", "torch_threads")
-    origin = provenance("benchmarks.breakout")
+    origin = provenance("benchmarks.breakout", options.commit)
     return {
         **{name: origin[name] for name in names},
         "device": options.device,
+        **({"gpu": th.cuda.get_device_name(options.device)} if options.device.startswith("cuda") else {}),
         "started": started.isoformat(timespec="seconds"),
         "started_at": started.timestamp(),
     }
@@ -365,6 +378,8 @@ def export(model: ScratchPPO, folder: Path) -> Path:
     :param folder: what ``-f`` takes
     :return: the agent's file
     """
+    import yaml  # which only the zoo needs
+
     path = agent_file(folder)
     save_agent(model, path)
     config = path.parent / ENV_ID / "config.yml"
@@ -384,9 +399,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for those that the program was started with
     """
-    parser = command_line("benchmarks.breakout", __doc__ or "", out=Path("runs/breakout"), seed=1, threads=2)
+    parser = command_line("benchmarks.breakout", __doc__ or "", out=Path("runs/breakout"), seed=1, threads=2, commit=None)
     parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="%(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="%(default)s")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
     parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")
@@ -396,6 +411,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--picture", action="store_true", help="draw the curve of the record in --out, and run nothing")
     parser.add_argument("--export", type=Path, help="folder for the newest checkpoint's agent, as rl-zoo3 writes one")
     parser.add_argument("--start", type=Path, help="folder of a record and an agent to go on from, if --out has no checkpoint")
+    parser.add_argument("--unpack", type=Path, help="folder of pieces to go on from; --out must be empty")
+    parser.add_argument("--pack", type=Path, help="folder for the run in pieces of at most 15 MB, when the command ends")
     parser.add_argument("--final-episodes", type=number(int, 1), default=100, help="games at the end (%(default)s)")
     options = parser.parse_args(arguments)
     if options.start is not None and not agent_file(options.start / AGENT).exists():
@@ -419,8 +436,15 @@ def main() -> None:
         print(f"wrote {export(ScratchPPO.resume(options.out / 'checkpoints', env, device=options.device), options.export)}")
         return
     th.set_num_threads(options.threads)
-    record = train_breakout(options)
-    draw(record, picture)
+    if options.unpack is not None:
+        unpack(options.unpack, options.out)
+    try:
+        record = train_breakout(options)
+    finally:
+        if options.pack is not None:
+            pack(options.out, options.pack)
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(record, picture)
     if not record["done"]:
         print("not done yet: the same command goes on from here")
 

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+from sb3_ppo_from_scratch.engines.compiled.library import kernel_reason
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, make_native_atari_env
 
 __all__ = ["CASES", "Case", "Contestant", "build", "contestants", "make_env", "missing", "scaled"]
@@ -64,8 +65,8 @@ def _defaults(n_envs: int = 1) -> Callable[[], Task]:
     return lambda: Task(0, "MlpPolicy", n_envs, {"n_steps": 2048, "batch_size": 64, "n_epochs": 10})
 
 
-_SMALL = (("numpy", "fp32"), ("torch", "fp32"), ("sbx", "fp32"))
-_MUJOCO = (("numpy", "fp32"), ("torch", "fp32"))  # SBX takes no torch module for an activation function
+_SMALL = (("compiled", "fp32"), ("numpy", "fp32"), ("torch", "fp32"), ("sbx", "fp32"))
+_MUJOCO = (("compiled", "fp32"), ("numpy", "fp32"), ("torch", "fp32"))  # SBX takes no torch module for an activation function
 _LARGE = (("channels_last", "bf16"), ("channels_last", "fp32"), ("torch", "fp32"))
 
 CASES: dict[str, Case] = {
@@ -136,6 +137,8 @@ def missing(contestant: Contestant) -> str | None:
     """What would have to be installed first; ``None`` if nothing."""
     if contestant.engine not in ("sb3", "sbx", *ENGINE_NAMES):
         return f"engine {contestant.engine!r}"
+    if contestant.engine == "compiled" and (reason := kernel_reason()):
+        return f"engine 'compiled': {reason}"
     needed = {"sbx": ["sbx"], "ale": ["ale_py"], "envpool": ["envpool"]}
     modules = [*needed.get(contestant.engine, []), *needed.get(contestant.envs, [])]
     if contestant.envs in ("native", "ale", "envpool"):

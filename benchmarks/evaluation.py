@@ -27,7 +27,7 @@ def evaluate(
     model: BaseAlgorithm, env: VecEnv, episodes: int, deterministic: bool, env_seed: int = EVALUATION_SEED
 ) -> Evaluation:
     """
-    Let a model play. Torch's random generator is left as it was.
+    Let a model play. Torch's random generators are left as they were.
 
     :param model: who plays
     :param env: with ``Monitor`` or statistics of its own
@@ -36,7 +36,7 @@ def evaluate(
     :param env_seed: of the environments
     """
     env.seed(env_seed)
-    with th.random.fork_rng(devices=[]):
+    with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [], device_type="cuda"):
         th.manual_seed(EVALUATION_SEED)
         returns, lengths = evaluate_policy(model, env, episodes, deterministic=deterministic, return_episode_rewards=True)
     return Evaluation([round(float(value), 3) for value in returns], [int(value) for value in lengths])  # type: ignore[union-attr]  # lists, as asked for

@@ -29,6 +29,7 @@ def number(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
 
 
 _SHARED: dict[str, dict[str, Any]] = {
+    "commit": {"metavar": "ID", "help": "of this tree, where there is no .git to ask"},
     "out": {"type": Path, "help": "where to write (%(default)s)"},
     "results": {"type": Path, "help": "folder of records, the --out of benchmarks.compare (%(default)s)"},
     "rounds": {"type": number(int, 1), "help": "in each of which everybody has a turn (%(default)s)"},
@@ -46,7 +47,7 @@ def command_line(module: str, description: str, **defaults: Any) -> argparse.Arg
 
     :param module: as in ``python -m module``
     :param description: for ``--help``
-    :param defaults: of those shared options that it takes: out, results, rounds, scale, seed, threads, save_result, progress
+    :param defaults: of those shared options that it takes, by the names in ``_SHARED``
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter

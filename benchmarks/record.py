@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,28 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def provenance(module: str) -> dict[str, Any]:
+_PACKAGES = ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy", "ale-py")
+
+
+def provenance(module: str, commit: str | None = None) -> dict[str, Any]:
     """
     What it takes to judge a figure, or to get it again.
 
     :param module: the benchmark's name, as in ``python -m module``
-    :return: commit (``-dirty`` if tracked files differ from it, ``None`` outside a checkout), command, machine, versions
+    :param commit: of a tree without ``.git``, of which git knows nothing
+    :return: commit (``-dirty`` if tracked files differ from it, ``None`` if nobody knows), command, machine, and versions, of
+        which those of packages that are not installed are ``None``
     """
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": _commit() or commit,
         "machine": {
             "cpu": _cpu_model(),
             "instructions": th.backends.cpu.get_cpu_capability(),  # the widest that torch uses: AVX2, AVX512, DEFAULT ...
             "cores": os.cpu_count(),
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "stable-baselines3", "rl_zoo3", "gymnasium", "numpy", "ale-py")},
-        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "torch_threads": th.get_num_threads(),
     }
 
@@ -77,7 +79,16 @@ def with_threads(n_threads: int) -> dict[str, str]:
     return os.environ | dict.fromkeys(names, str(n_threads))
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _commit() -> str | None:
+    if not (ROOT / ".git").exists():  # the tree may lie in a repository of somebody else's
+        return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,12 +1,17 @@
-"""What is trained, and how: entries of the hyperparameter file as arguments of an algorithm."""
+"""
+What is trained, and how: entries of the hyperparameter file as arguments of an algorithm.
+
+It needs neither the zoo nor PyYAML, which a machine with a GPU may lack.
+"""
 
 from __future__ import annotations
 
 import ast
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-import yaml
-from rl_zoo3.utils import SimpleLinearSchedule
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from benchmarks.record import ROOT
@@ -31,24 +36,50 @@ class Task(NamedTuple):
     def described(self) -> dict[str, Any]:
         """All that learning depends on, as JSON has it; schedules as the hyperparameter file writes them."""
         named = {"policy": self.policy, "n_envs": self.n_envs, "normalize": self.normalize, **self.arguments}
-        return {
-            name: f"lin_{value.initial_value:g}" if isinstance(value, SimpleLinearSchedule) else value
-            for name, value in named.items()
-        }
+        return {name: f"lin_{value(1.0):g}" if callable(value) else value for name, value in named.items()}
 
 
-def schedule(text: str) -> SimpleLinearSchedule:
+def schedule(text: str) -> Schedule:
     """
-    What rl-zoo3 makes of ``lin_x``: from x to zero.
+    What rl-zoo3 makes of ``lin_x``, from x to zero; where it is not installed, SB3's, which rounds a little differently.
 
     :param text: such as ``"lin_2.5e-4"``
     """
-    return SimpleLinearSchedule(text.removeprefix("lin_"))
+    initial = float(text.removeprefix("lin_"))
+    try:
+        from rl_zoo3.utils import SimpleLinearSchedule
+    except ModuleNotFoundError:
+        return LinearSchedule(initial, 0.0, 1.0)
+    return SimpleLinearSchedule(initial)
 
 
 def load_entry(name: str) -> dict[str, Any]:
-    """An entry of the hyperparameter file as it stands there."""
-    return yaml.safe_load(HYPERPARAMETERS.read_text(encoding="utf-8"))[name]
+    """
+    An entry of the hyperparameter file as it stands there: plain values by name; what a list holds, as texts.
+
+    :param name: the entry's
+    :raises KeyError: if there is none
+    """
+    lines = [line for line in HYPERPARAMETERS.read_text(encoding="utf-8").splitlines() if line.lstrip()[:1] not in ("", "#")]
+    if f"{name}:" not in lines:
+        raise KeyError(name)
+    entry: dict[str, Any] = {}
+    for line in takewhile(lambda line: line.startswith(" "), lines[lines.index(f"{name}:") + 1 :]):
+        key, _, value = line.strip().partition(":")
+        if key.startswith("- "):
+            entry[next(reversed(entry))].append(line.strip().removeprefix("- "))
+        else:
+            entry[key] = _plain(value.strip()) if value else []
+    return entry
+
+
+def _plain(text: str) -> Any:
+    """A YAML scalar: a number, ``true``, ``false`` or ``null``, a text in quotes or without."""
+    words = {"true": True, "false": False, "null": None}
+    try:
+        return words[text] if text in words else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def load_task(name: str) -> Task:

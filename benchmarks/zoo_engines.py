@@ -25,7 +25,7 @@ from sb3_ppo_from_scratch.policies import import_policy
 
 __all__ = ["choices", "main", "table"]
 
-_DISCRETE = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "LunarLander-v3", "atari", "default")
+_DISCRETE = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "LunarLander-v3", "Taxi-v4", "atari", "default")
 _IMAGES = {"atari": (4, 84, 84), "CarRacing-v3": (2, 64, 64)}
 _MINIGRID = "MiniGrid-"
 
@@ -55,7 +55,7 @@ def _choice(task: Task, observations: spaces.Space, actions: spaces.Space) -> Ch
         observations,
         actions,
         lambda progress: 1e-3,
-        use_sde=task.arguments.get("use_sde", False),
+        **({"use_sde": True} if task.arguments.get("use_sde") else {}),
         **{**task.arguments.get("policy_kwargs", {}), "ortho_init": False},  # slow, and no engine's business
     )
     return choose_engine("auto", policy)  # type: ignore[arg-type]  # ScratchPPO's are actor-critics

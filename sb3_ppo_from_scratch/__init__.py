@@ -2,7 +2,7 @@
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
 from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
-from sb3_ppo_from_scratch.errors import NonFiniteError, UnsafeFileError
+from sb3_ppo_from_scratch.errors import NonFiniteError, RankFailedError, UnsafeFileError
 from sb3_ppo_from_scratch.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SharedMlpPolicy
 from sb3_ppo_from_scratch.ppo import ScratchPPO
 from sb3_ppo_from_scratch.safe_files.models import load_vec_normalize
@@ -16,6 +16,7 @@ __all__ = [
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteError",
+    "RankFailedError",
     "ResumableCheckpoint",
     "ScratchPPO",
     "ScratchRolloutBuffer",

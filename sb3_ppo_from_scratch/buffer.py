@@ -54,7 +54,10 @@ class RolloutData(NamedTuple):
     dist_params: th.Tensor | None = None
     """``[B, n_params]``, the behaviour policy's distribution, or ``None`` if it is not known"""
     extras: Extras = MappingProxyType({})
-    """by name ``[B, ...]``, whatever else a loss needs; see ``ScratchPPO.row_extras``"""
+    """
+    by name ``[B, ...]``, whatever else a loss needs; see ``ScratchPPO.row_extras``. Of a maskable policy ``"action_masks"``,
+    ``[B, n_choices]``, bool
+    """
 
     @property
     def size(self) -> int:
@@ -299,6 +302,10 @@ class ScratchRolloutBuffer(RolloutBuffer):
         assert isinstance(self.observations, np.ndarray), "or keeps() would have said so"
         return _by_environment(self.observations[steps]), _by_environment(self.actions[steps])
 
+    def extra(self, name: str, steps: slice) -> np.ndarray | None:
+        """One of the extras in ``steps``, ``[n_rows, ...]`` in the order of :meth:`acted`; ``None`` if there is none."""
+        return _by_environment(self.extras[name][steps]) if name in self.extras else None
+
     def rate(self, steps: slice, values: np.ndarray, log_probs: np.ndarray, dist_params: np.ndarray) -> None:
         """
         Store what the policy says of the rows of :meth:`acted`.
@@ -423,7 +430,9 @@ def is_channels_last(space: spaces.Space) -> bool:
 
 def _store(target: np.ndarray, source: np.ndarray | th.Tensor) -> None:
     """Copy into the buffer whatever the shape: discrete observations and actions come without their axis (SB3 issue 1392)."""
-    array = _array(source).reshape(target.shape)
+    array = source if type(source) is np.ndarray else _array(source)
+    if array.shape != target.shape:
+        array = array.reshape(target.shape)
     if target.dtype == np.uint8 and target.ndim == 4:  # torch transposes images three times as fast as NumPy
         th.from_numpy(target).copy_(th.from_numpy(array))
     else:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -24,7 +25,33 @@ from stable_baselines3.common.distributions import (
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
-__all__ = ["UncheckedDistributions", "distribution_parameters", "drop_graph", "exact_kl", "mean_kl", "select_rows"]
+__all__ = [
+    "UncheckedDistributions",
+    "choices",
+    "distribution_parameters",
+    "drop_graph",
+    "exact_kl",
+    "mean_kl",
+    "select_rows",
+]
+
+
+def choices(space: spaces.Space) -> list[int]:
+    """
+    Of how many logits each part of an action is chosen where actions can be masked: two for a bit.
+
+    :param space: Discrete, MultiDiscrete or MultiBinary
+    :raises ValueError: for any other
+    """
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return [int(size) for size in space.nvec]
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1:
+        return [2] * space.shape[0]
+    raise ValueError(
+        f"actions can be masked in a Discrete, MultiDiscrete or MultiBinary space of one dimension, not in {space}"
+    )
 
 
 def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:
@@ -33,12 +60,15 @@ def distribution_parameters(distribution: Distribution | None) -> th.Tensor | No
 
     ``Discrete(n)``: n normalised logits. ``MultiDiscrete(nvec)``: the sum(nvec) logits, each factor normalised.
     ``MultiBinary(n)``: n logits. ``Box`` of d dimensions, gSDE included: d means, then d log standard deviations (before any
-    squashing, which leaves the KL unchanged).
+    squashing, which leaves the KL unchanged). Where actions can be masked: a normalised logit per choice, two for a bit; a
+    masked one's is about -1e8, so that its probability is 0 and no difference of two is NaN.
 
     :param distribution: a policy's ``action_dist``
     :return: ``[batch_size, n_params]``, with its gradient; ``None`` for a distribution this function does not know, or that
         has not been given any
     """
+    if (parts := _masked_parts(distribution)) is not None:
+        return th.cat([part.logits for part in parts], dim=1) if parts else None
     if getattr(distribution, "distribution", None) is None:  # a policy of the user's may do without it
         return None
     if isinstance(distribution, CategoricalDistribution | BernoulliDistribution):
@@ -49,6 +79,14 @@ def distribution_parameters(distribution: Distribution | None) -> th.Tensor | No
         normal = distribution.distribution
         return th.cat([normal.loc, th.log(normal.scale)], dim=1)
     return None
+
+
+def _masked_parts(distribution: Any) -> list[th.distributions.Categorical] | None:
+    """The parts of one of sb3-contrib's maskable distributions, none before it has been used; ``None`` for any other."""
+    if not hasattr(distribution, "apply_masking"):
+        return None
+    parts = getattr(distribution, "distributions", None) or [getattr(distribution, "distribution", None)]
+    return [part for part in parts if isinstance(part, th.distributions.Categorical)]
 
 
 def select_rows(distribution: Distribution, rows: th.Tensor) -> Distribution:
@@ -81,11 +119,13 @@ def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.T
     :return: ``[batch_size]``
     :raises TypeError: for a distribution without :func:`distribution_parameters`
     """
-    if isinstance(distribution, CategoricalDistribution | MultiCategoricalDistribution):
+    is_masked = _masked_parts(distribution) is not None
+    if is_masked or isinstance(distribution, CategoricalDistribution | MultiCategoricalDistribution):
         # logits are log-probabilities, and the factors of a MultiDiscrete space are independent
         return F.kl_div(new, old, reduction="none", log_target=True).sum(dim=1)
     if isinstance(distribution, BernoulliDistribution):
-        return kl_divergence(Bernoulli(logits=old), Bernoulli(logits=new)).sum(dim=1)
+        # torch's kl_divergence looks for certain outcomes with a mask, which could make a GPU's host wait
+        return (th.sigmoid(old) * (old - new) + F.softplus(new) - F.softplus(old)).sum(dim=1)
     if isinstance(distribution, DiagGaussianDistribution | StateDependentNoiseDistribution):
         (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, dim=1), new.chunk(2, dim=1)
         return kl_divergence(Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())).sum(dim=1)

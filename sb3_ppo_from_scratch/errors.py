@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "UnsafeFileError"]
+__all__ = ["NonFiniteError", "RankFailedError", "UnsafeFileError"]
 
 
 class UnsafeFileError(ValueError):
@@ -27,3 +27,19 @@ class NonFiniteError(ValueError):
 
     def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, str]]:
         return type(self), (self.name, str(self))  # it may come from another process
+
+
+class RankFailedError(RuntimeError):
+    """
+    One of the processes that train an agent together has died, hangs, or has raised an error; so training ends in all.
+
+    :param rank: its number, ``None`` if that is not known
+    :param cause: what it has done, as a sentence goes on after "rank 1"
+    """
+
+    def __init__(self, rank: int | None, cause: str):
+        super().__init__(f"{'a rank' if rank is None else f'rank {rank}'} {cause}")
+        self.rank, self.cause = rank, cause
+
+    def __reduce__(self) -> tuple[type[RankFailedError], tuple[int | None, str]]:
+        return type(self), (self.rank, self.cause)  # it may come from another process

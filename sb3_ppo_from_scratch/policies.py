@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import sys
+from functools import cache
 from typing import Any
 
 import torch as th
@@ -15,6 +17,7 @@ from stable_baselines3.ppo.policies import CnnPolicy, MlpPolicy, MultiInputPolic
 from torch import nn
 
 __all__ = [
+    "MASKABLE",
     "RECURRENT",
     "CnnPolicy",
     "MlpPolicy",
@@ -23,7 +26,15 @@ __all__ = [
     "SharedMlpPolicy",
     "import_policy",
     "imported",
+    "takes_masks",
 ]
+
+MASKABLE = {
+    "MaskableMlpPolicy": "sb3_contrib.common.maskable.policies:MaskableActorCriticPolicy",
+    "MaskableCnnPolicy": "sb3_contrib.common.maskable.policies:MaskableActorCriticCnnPolicy",
+    "MaskableMultiInputPolicy": "sb3_contrib.common.maskable.policies:MaskableMultiInputActorCriticPolicy",
+}
+"""Policies that choose among the actions that a mask allows: sb3-contrib's classes, by module and name."""
 
 RECURRENT = {
     "MlpLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentActorCriticPolicy",
@@ -37,7 +48,7 @@ def import_policy(where: str) -> Any:
     """
     One of sb3-contrib's policies, which is imported for those who ask for one.
 
-    :param where: its module and its name, as in :data:`RECURRENT`
+    :param where: its module and its name, as in :data:`MASKABLE`
     :raises ModuleNotFoundError: if sb3-contrib is not installed
     """
     module, _, name = where.partition(":")
@@ -53,6 +64,13 @@ def imported(where: str) -> Any:
     """The same without importing anything: ``None`` where nobody has imported it, and nothing can be of that class."""
     module, _, name = where.partition(":")
     return getattr(sys.modules.get(module), name, None)
+
+
+@cache
+def takes_masks(policy_class: type) -> bool:
+    """Whether policies of a class choose among the actions that a mask allows, as sb3-contrib's maskable ones do."""
+    forward = getattr(policy_class, "forward", None)
+    return forward is not None and "action_masks" in inspect.signature(forward).parameters
 
 
 class SharedMlpExtractor(nn.Module):

@@ -18,7 +18,7 @@ import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -40,9 +40,12 @@ from sb3_ppo_from_scratch.checks.arguments import (
     resolve_schedule,
 )
 from sb3_ppo_from_scratch.checks.hyperparameters import check_hyperparameters, check_rollout_size
-from sb3_ppo_from_scratch.engines import Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.distributed import update_together
+from sb3_ppo_from_scratch.engines import Choice, Engine, choose_engine, has_bf16_instructions
+from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
+    MASKABLE,
     RECURRENT,
     CnnPolicy,
     MlpPolicy,
@@ -50,6 +53,7 @@ from sb3_ppo_from_scratch.policies import (
     SharedMlpPolicy,
     import_policy,
     imported,
+    takes_masks,
 )
 from sb3_ppo_from_scratch.recurrent import check_remembered, is_recurrent
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
@@ -67,6 +71,7 @@ from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, UpdateStats
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, mask_reset_rows
 from sb3_ppo_from_scratch.vec_env.failures import explained_failures, watch_workers
 from sb3_ppo_from_scratch.vec_env.lean import make_lean
+from sb3_ppo_from_scratch.vec_env.masks import KEY, MaskSource, find_masks, leave_masks_raw, masks_given
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
 
 __all__ = ["ScratchPPO"]
@@ -85,8 +90,9 @@ class ScratchPPO(RolloutAlgorithm):
 
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
-    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; with the memory of an LSTM
-        ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; or a policy class
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; for masks of invalid
+        actions ``"MaskableMlpPolicy"``, ``"MaskableCnnPolicy"``, ``"MaskableMultiInputPolicy"``, and with the memory of an
+        LSTM ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; or a policy class
     :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
@@ -114,18 +120,23 @@ class ScratchPPO(RolloutAlgorithm):
     :param seed: seed of all random generators, the environments' included; ``None`` leaves them as they are
     :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a ``torch.device``
     :param _init_setup_model: whether to build the networks now
-    :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small networks
-        on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"channels_last"``, for ``CnnPolicy`` on a CPU; ``"lstm"``,
-        for policies with an LSTM on a CPU (:mod:`sb3_ppo_from_scratch.engines.lstm`); ``"cudagraph"``, for CUDA devices
-        (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these but the last, which has not been run
-        on a GPU yet
+    :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small
+        networks on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"compiled"``, for the same, faster still where a
+        C compiler has built it (:mod:`sb3_ppo_from_scratch.engines.compiled`); ``"channels_last"``, for ``CnnPolicy`` on a
+        CPU; ``"lstm"``, for policies with an LSTM on a CPU (:mod:`sb3_ppo_from_scratch.engines.lstm`); ``"cudagraph"``, for
+        CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these but the last, which has
+        not been run on a GPU yet
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
-        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32.
+        that has instructions for it, and less exact. Parameters, loss and optimizer remain float32. ``"tf32"`` is for
+        ``"cudagraph"``: TensorFloat-32 in all products.
     :param nan_policy: for a minibatch whose loss or gradient is not finite: ``"raise"`` a :class:`NonFiniteError`, or
         ``"skip"`` it, with a warning and a count. No step is taken on it either way.
     :param nan_observations: where NaN in observations stands for what is missing, and the network knows: ``True``, or the keys
         of a Dict space; ``False`` for nowhere. By default it is an error, unless a network of your own makes finite numbers
         of it, which is a warning. Infinity is always an error.
+    :param data_parallel: whether several processes, started by ``torchrun``, train one agent together
+        (:mod:`sb3_ppo_from_scratch.distributed`). ``batch_size`` and timesteps are then those of all of them, ``env`` holds
+        each one's own environments. It changes nothing where there is one process.
     :raises TypeError: for an argument of the wrong type
     :raises ValueError: for one out of range, an unsupported space, or an unknown policy, device or engine
     """
@@ -135,6 +146,7 @@ class ScratchPPO(RolloutAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
+        **MASKABLE,
         **RECURRENT,
     }
     """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
@@ -173,7 +185,11 @@ class ScratchPPO(RolloutAlgorithm):
         precision: str = "fp32",
         nan_policy: str = "raise",
         nan_observations: bool | Collection[str] | None = None,
+        data_parallel: bool = False,
     ):
+        check_flag("data_parallel", data_parallel)
+        self.data_parallel = data_parallel
+        verbose = verbose if self.is_rank_zero else 0
         check_device(device)
         check_integer("stats_window_size", stats_window_size, 1)
         if not isinstance(policy, str) and not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
@@ -221,11 +237,15 @@ class ScratchPPO(RolloutAlgorithm):
         self._warned_of_skipped = False
         self._train_metrics: dict[str, Any] = {}
         self._resumed: Resumed | None = None
+        self.use_masking = True
+        self._mask_source: MaskSource | None = None
+        self._last_action_masks: np.ndarray | None = None
+        self._warned_of_masks = False
         if _init_setup_model:
             self._setup_model()
             self._check_engine()
             self._check_trainable()
-            check_rollout_size(self.n_steps, self.n_envs, self.batch_size, self.normalize_advantage)
+            check_rollout_size(self.n_steps, self.n_envs * self.group.size, self.batch_size, self.normalize_advantage)
 
     # ------------------------------------------------------------------ set-up
 
@@ -263,6 +283,7 @@ class ScratchPPO(RolloutAlgorithm):
     def _setup_model(self) -> None:
         """Check everything, seed everything, build the policy. The rollout buffer comes with the first ``learn``."""
         check_hyperparameters(self)
+        self._be_quiet()
         self._setup_lr_schedule()
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
@@ -273,7 +294,7 @@ class ScratchPPO(RolloutAlgorithm):
                 self.observation_space,
                 self.action_space,
                 self.lr_schedule,
-                use_sde=self.use_sde,
+                **({} if takes_masks(self.policy_class) else {"use_sde": self.use_sde}),  # a maskable one has no gSDE
                 **self.policy_kwargs,
             )
         self.policy = policy.to(self.device)  # type: ignore[assignment]  # policy_class is typed as any policy
@@ -291,11 +312,13 @@ class ScratchPPO(RolloutAlgorithm):
         if not callable(self.loss):
             raise TypeError(f"loss must be a function of a minibatch's outputs, batch and config, not {self.loss!r}")
         try:
-            choose_engine(self.engine, self.policy, self.precision, self.loss)
+            self._choose_engine(self.engine)
         except ValueError as error:
             if not replace or self.engine == "auto":
                 raise
-            choose_engine("auto", self.policy, self.precision, self.loss)
+            if self.precision == "tf32":  # which no CPU has
+                self.precision = "fp32"
+            self._choose_engine("auto")
             warnings.warn(f"the model was saved with another engine, and goes on with 'auto': {error}", stacklevel=3)
             self.engine = "auto"
         if self.precision == "bf16" and self.device.type == "cpu" and not has_bf16_instructions():
@@ -304,8 +327,12 @@ class ScratchPPO(RolloutAlgorithm):
                 stacklevel=3,
             )
 
+    def _choose_engine(self, name: str) -> Choice:
+        return choose_engine(name, self.policy, self.precision, self.loss, is_shared=self.group.size > 1)
+
     def _check_trainable(self) -> None:
         """What only training asks for: models may predict whose actions cannot be learned. The buffer follows ``n_steps``."""
+        self._check_processes()
         check_trainable_actions(self.action_space)
         check_integer("n_steps", self.n_steps, 1)
         buffer = self.__dict__.get("rollout_buffer")
@@ -335,7 +362,7 @@ class ScratchPPO(RolloutAlgorithm):
         if engine is None or not self._is_current(engine):
             if engine is not None:
                 engine.release()
-            choice = choose_engine(self.engine, self.policy, self.precision, self.loss)
+            choice = self._choose_engine(self.engine)
             engine = self._engine = choice.engine(self.policy, self.precision, self.loss)
             if self.verbose >= 1:
                 print(f"Using the engine {choice}")
@@ -354,7 +381,9 @@ class ScratchPPO(RolloutAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies make an engine of their own."""
-        return {**self.__dict__, "_engine": None, "_is_training": False}
+        state = {**self.__dict__, "_engine": None, "_is_training": False}
+        state.pop("_sharing", None)
+        return state
 
     def _is_current(self, engine: Engine) -> bool:
         same = engine.policy is self.policy and engine.loss == self.loss and self.engine in ("auto", engine.name)
@@ -370,6 +399,7 @@ class ScratchPPO(RolloutAlgorithm):
         tb_log_name: str = "ScratchPPO",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
+        use_masking: bool = True,
     ) -> SelfScratchPPO:
         """
         Train: collect a rollout, update the policy on it, log both, until ``total_timesteps`` steps are done.
@@ -380,24 +410,29 @@ class ScratchPPO(RolloutAlgorithm):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: whether steps count from 0; if not, ``total_timesteps`` come on top of those done
         :param progress_bar: show one (needs tqdm and rich)
+        :param use_masking: whether a maskable policy gets the masks of its environments
         :return: the model
+        :raises ValueError: if its environments give none; see :mod:`sb3_ppo_from_scratch.vec_env.masks`
         """
         check_number("total_timesteps", total_timesteps, 0.0, finite=False)
         if log_interval is not None:
             check_integer("log_interval", log_interval, 1)
         if float(total_timesteps).is_integer():
             total_timesteps = int(total_timesteps)
+        check_flag("use_masking", use_masking)
+        self.use_masking = bool(use_masking)
         self._resumed = None
         iteration = 0
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps,
-            callback,
-            reset_num_timesteps,
-            tb_log_name,
-            progress_bar,
-        )
-        callback.on_training_start(locals(), globals())
-        self._train_until(total_timesteps, callback, log_interval, iteration)
+        with self._watched():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps,
+                callback,
+                reset_num_timesteps,
+                tb_log_name,
+                progress_bar,
+            )
+            callback.on_training_start(locals(), globals())
+            self._train_until(total_timesteps, callback, log_interval, iteration)
         return self
 
     def continue_learning(self: SelfScratchPPO, callback: MaybeCallback = None, progress_bar: bool = False) -> SelfScratchPPO:
@@ -421,12 +456,17 @@ class ScratchPPO(RolloutAlgorithm):
         total_timesteps, log_interval, tb_log_name = (
             resumed.learn[name] for name in ("total_timesteps", "log_interval", "tb_log_name")
         )
-        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * self.n_envs)
-        callback.on_training_start(locals(), globals())
-        with explained_failures():
-            resumed.restore_run(self, callback)
-        resumed.announce(self.num_timesteps)
-        self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
+        n_envs = self.n_envs * self.group.size
+        iteration = (self.num_timesteps - self._num_timesteps_at_start) // (self.n_steps * n_envs)
+        with self._watched():
+            callback.on_training_start(locals(), globals())
+            with explained_failures():
+                resumed.restore_run(self, callback)
+                self._find_masks()
+            if self.is_rank_zero:
+                resumed.announce(self.num_timesteps)
+            self._begin_together()
+            self._train_until(total_timesteps, callback, log_interval, iteration, resumed.folder)
         return self
 
     def _train_until(
@@ -440,6 +480,7 @@ class ScratchPPO(RolloutAlgorithm):
         """The training loop. A boundary is where one pass ends and the next begins; checkpoints are taken there."""
         assert self.env is not None  # _setup_learn has reset it
         complete = logged = True
+        self._begin_iterations()
         with self._engine_released(), guarded_training(self, callback, resumed_from) as checkpoints, explained_failures():
             while self.num_timesteps < total_timesteps:
                 for checkpoint in checkpoints:
@@ -450,6 +491,7 @@ class ScratchPPO(RolloutAlgorithm):
                 except BaseException:
                     self._last_obs = None  # whatever state the environments are in, the next learn resets them
                     raise
+                complete = self._all_complete(complete)
                 if not complete:
                     break
                 collected = time.perf_counter()
@@ -471,10 +513,16 @@ class ScratchPPO(RolloutAlgorithm):
         if self.env is None:
             raise ValueError("env is not set: this model was loaded without one; call set_env(env) or load(path, env=env)")
         self._check_trainable()
+        self._begin_together()
         before, check = self._last_obs, self._step_check(self.env)
         check.before_step()
+        if self._masks_actions:
+            leave_masks_raw(self.env)
         with explained_failures():
             prepared = super()._setup_learn(*args, **kwargs)
+            if self._last_obs is not before:
+                self._last_action_masks = None
+            self._find_masks()
         if self._last_obs is not before:
             self._guard = self._last_memory = None
             try:
@@ -484,12 +532,27 @@ class ScratchPPO(RolloutAlgorithm):
                 raise
         return prepared
 
+    @property
+    def _masks_actions(self) -> bool:
+        return self.use_masking and takes_masks(type(self.policy))
+
+    def _find_masks(self) -> None:
+        """Where the masks of this ``learn`` come from, if it has any."""
+        assert self.env is not None  # its callers have looked
+        self._mask_source = None
+        if self._masks_actions:
+            self._mask_source = find_masks(self.env, self.action_space, self._last_action_masks)
+            if self.verbose >= 1:
+                print(f"Actions are masked by {self._mask_source.name}")
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callback = super()._init_callback(callback, progress_bar)
         for each in all_callbacks(callback):
             for env in vars(each).values():  # those to evaluate in, say
                 if isinstance(env, VecEnv):
                     watch_workers(env)
+            if isinstance(each, EvalCallback) and self._masks_actions and not hasattr(each, "use_masking"):  # contrib's has
+                mask_evaluation(self, each)
         return callback
 
     def train(self) -> None:
@@ -502,7 +565,9 @@ class ScratchPPO(RolloutAlgorithm):
         resolve_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         with self._engine_released():  # where nobody but the caller trains
-            stats = self._current_engine().update(self.rollout_buffer, config)
+            engine, buffer = self._current_engine(), self.rollout_buffer
+            is_alone = self.group.size == 1
+            stats = engine.update(buffer, config) if is_alone else update_together(engine, buffer, config, self.group)
         self._n_updates += stats.epochs
         self._record(stats, config)
 
@@ -538,7 +603,9 @@ class ScratchPPO(RolloutAlgorithm):
     def _metrics(self, stats: UpdateStats, config: UpdateConfig) -> dict[str, Any]:
         buffer = self.rollout_buffer
         metrics: dict[str, Any] = dict(stats.metrics())
-        metrics["explained_variance"] = explained_variance(*_in_order(buffer, buffer.values, buffer.returns))
+        metrics["explained_variance"] = stats.explained_variance
+        if stats.explained_variance is None:
+            metrics["explained_variance"] = explained_variance(*_in_order(buffer, buffer.values, buffer.returns))
         if hasattr(self.policy, "log_std"):
             metrics["std"] = th.exp(self.policy.log_std).mean().item()
         metrics["clip_range"] = config.clip_range
@@ -570,12 +637,15 @@ class ScratchPPO(RolloutAlgorithm):
                 stacklevel=4,
             )
 
+    # ------------------------------------------------------------------ acting
+
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         The policy's actions, and its memory after them.
@@ -583,13 +653,37 @@ class ScratchPPO(RolloutAlgorithm):
         :param observation: ``[*obs_shape]``, or ``[n, *obs_shape]`` for n environments, or a dict of such
         :param state: of a recurrent policy, what the last call returned; ``None`` for a memory of nothing
         :param episode_start: ``[n]``, whether each observation is the first of an episode; ``None`` for no
-        :param deterministic: whether to take the most likely actions instead of sampling
+        :param deterministic: whether to take the most probable actions instead of sampling
+        :param action_masks: ``[n_choices]`` or ``[n, n_choices]``, which actions are allowed, for a maskable policy.
+            If not given, those that a Dict observation has as ``"action_mask"``; without such, all are, with one warning.
         :return: ``[*action_shape]`` or ``[n, *action_shape]``; and the state, ``None`` for a policy without one
-        :raises ValueError: if there are not as many states or starts as observations
+        :raises ValueError: if there are not as many states or starts as observations; for masks of another shape, ones that
+            allow nothing, or with a policy that is not maskable
         """
         if is_recurrent(self.policy):
             check_remembered(self.policy, observation, state, episode_start)
-        return super().predict(observation, state, episode_start, deterministic)
+        if not takes_masks(type(self.policy)):
+            if action_masks is not None:
+                raise ValueError(f"action_masks must be None for {self._policy_name}, which is no maskable policy")
+            return super().predict(observation, state, episode_start, deterministic)
+        if action_masks is None and self.use_masking:
+            action_masks = self._masks_in(observation)
+        if action_masks is not None:
+            action_masks = masks_given(action_masks, observation, self.observation_space, self.action_space)
+        policy: Any = self.policy
+        return policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+
+    def _masks_in(self, observation: Any) -> np.ndarray | None:
+        if isinstance(observation, dict) and KEY in observation:
+            return observation[KEY]
+        if not self._warned_of_masks:
+            self._warned_of_masks = True
+            warnings.warn(
+                "predict() was given no action_masks, and chooses among all actions: pass action_masks=..., or evaluate with "
+                "sb3_ppo_from_scratch.evaluation.evaluate_policy, which asks the environments. This warning comes once",
+                stacklevel=3,
+            )
+        return None
 
     # ------------------------------------------------------------------ saving
 
@@ -680,10 +774,13 @@ class ScratchPPO(RolloutAlgorithm):
             "_engine",
             "_guard",
             "_is_training",
+            "_mask_source",
             "_nan_understood",
             "_resumed",
             "_scheduled_rate",
+            "_sharing",
             "_train_metrics",
+            "_warned_of_masks",
             "_warned_of_skipped",
         ]
         return [*super()._excluded_save_params(), *ours]

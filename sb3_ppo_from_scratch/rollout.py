@@ -13,7 +13,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -22,9 +21,11 @@ from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, rates_later
 from sb3_ppo_from_scratch.checkpoint import all_callbacks
 from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
+from sb3_ppo_from_scratch.distributed import DataParallelAlgorithm
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.recurrent import LSTM_STATES, Memory, is_recurrent, remembered
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.masks import MaskSource
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
 
 __all__ = [
@@ -43,7 +44,7 @@ _HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratc
 """Whose callbacks leave the policy as it is."""
 
 
-class RolloutAlgorithm(OnPolicyAlgorithm):
+class RolloutAlgorithm(DataParallelAlgorithm):
     """What ``ScratchPPO`` does in phase one."""
 
     nan_observations: bool | Collection[str] | None
@@ -53,6 +54,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     """Keeps observations from being written to by those who made them; ``None`` before the first rollout"""
     _last_memory: np.ndarray | None
     """What a recurrent policy remembers before the next step, see :meth:`Memory.array`; ``None`` for nothing"""
+
+    _mask_source: MaskSource | None
+    """Where masks come from; ``None`` if the policy takes none, or is to train without"""
+    _last_action_masks: np.ndarray | None
+    """``[n_envs, n_choices]``, those that belong to ``_last_obs`` where infos give them"""
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -85,8 +91,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         takes_tensors = ours is not None and ours.takes_tensors
         unwatched = type(callback) is ConvertCallback and callback.callback is None  # SB3's, where there is no callback
         native = _masked_env(env, rollout_buffer)
+        masks = self._mask_source
         is_users = not unwatched and holds_users_code(callback)
-        nobody_looks = not is_users and self._may_defer(rollout_buffer)
+        may_defer = self._may_defer(rollout_buffer)
         check = self._step_check(env)
         if self._guard is None:
             self._guard = ObservationGuard()
@@ -107,12 +114,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            if nobody_looks and engine.defers and ours is not None and ours.keeps(self._last_obs):
+            action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
+            with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
+            later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
+            if later and not is_users:  # nobody looks
                 obs_tensor = values = log_probs = dist_params = after = None
-                actions = self._ask(engine.sample_actions, self._last_obs, self._last_obs)
+                actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
             else:
                 obs_tensor = observe(self._last_obs)
-                answer = self._ask(engine.act, self._last_obs, obs_tensor, memory)
+                act = partial(engine.act, **with_masks)
+                answer = self._ask(act, self._last_obs, obs_tensor, memory)
                 actions, values, log_probs, dist_params, after = answer
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
@@ -121,23 +132,25 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             reset_rows = None if native is None else native.reset_rows
             check(new_obs, rewards, n_steps)
 
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * self.group.size
             if not unwatched:
                 callback.update_locals(locals())
                 if not goes_on(callback):
                     self._complete(engine, rollout_buffer, finals)
                     return False
-            if is_users:
-                engine = self._engine_after_callback(engine)
+            if is_users and not self._counts_still(engine):  # what a callback does to the policy counts from the next step on
+                self._complete(engine, rollout_buffer, finals)
+                engine, later = self._current_engine(), False  # this step's values are by the old weights
+                engine.begin_rollout()
             self._update_info_buffer(infos, dones)
             n_steps += 1
 
             if rows := cut_short(dones, infos):
                 for row in rows:
                     check.final(infos[row]["terminal_observation"], row, n_steps - 1)
-                if values is None:
-                    finals.add(n_steps - 1, rows, infos)
-                else:
+                if later:
+                    finals.add(n_steps - 1, rows, infos, rewards, self.gamma)
+                if values is not None:
                     rewards = self._bootstrap(engine, rewards, rows, infos, after)
             valid = None
             if reset_rows is not None and reset_rows.any():
@@ -148,9 +161,12 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if ours is None:
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
-                extras = {**self.row_extras(infos), **({} if memory is None else {LSTM_STATES: memory.array()})}
+                remembered_before = {} if memory is None else {LSTM_STATES: memory.array()}
+                extras = {**self.row_extras(infos), **with_masks, **remembered_before}
                 ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
+                ours.unrated[n_steps - 1] = later
             self._last_obs = new_obs
+            self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
             memory = self._remember(after)
 
@@ -201,10 +217,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         return rates_later(rollout_buffer) and not own_extras
 
     def _complete(self, engine: Engine, rollout_buffer: RolloutBuffer, finals: FinalObservations) -> None:
-        """What was left out of the steps that nobody looked at."""
+        """Whatever of the steps so far was to come later, by the weights that they were taken with."""
         if isinstance(rollout_buffer, ScratchRolloutBuffer) and rollout_buffer.unrated.any():
-            engine.complete(rollout_buffer)
-            finals.bootstrap(rollout_buffer.rewards, self._values_by(engine), self.gamma)
+            with engine.as_acted():
+                engine.complete(rollout_buffer)
+                finals.bootstrap(rollout_buffer.rewards, self._values_by(engine))
 
     def _bootstrap(
         self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]], memory: Memory | None = None
@@ -224,13 +241,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
         return values_of
 
-    def _engine_after_callback(self, engine: Engine) -> Engine:
-        """Whatever a callback does to the policy counts from the next step on."""
-        if engine.policy is self.policy and engine.is_unchanged():
-            return engine
-        engine = self._current_engine()
-        engine.begin_rollout()
-        return engine
+    def _counts_still(self, engine: Engine) -> bool:
+        """Whether the policy is as it was when ``engine`` took the last step."""
+        return engine.policy is self.policy and engine.is_unchanged() and engine.is_as_acted()
 
     def _step_check(self, env: VecEnv) -> StepCheck:
         return StepCheck(env, self.observation_space, self._may_be_nan)
@@ -341,35 +354,45 @@ def bootstrap_time_limits(
 
 
 class FinalObservations:
-    """Those of a rollout's episodes that time limits cut, for :func:`bootstrap_time_limits` when the rollout is complete."""
+    """Of a rollout's episodes that time limits have cut: for :func:`bootstrap_time_limits` of many steps at once."""
 
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._rows: list[int] = []
         self._observations: list[Any] = []
+        self._rewards: list[float] = []
+        self._gammas: list[float] = []
 
-    def add(self, step: int, rows: list[int], infos: list[dict[str, Any]]) -> None:
+    def add(self, step: int, rows: list[int], infos: list[dict[str, Any]], rewards: np.ndarray, gamma: float) -> None:
         """
         Keep copies, for whoever made them may write over them.
 
         :param step: number of the step within the rollout
         :param rows: of :func:`cut_short`
         :param infos: one dict per environment, as ``VecEnv.step`` returns them
+        :param rewards: ``[n_envs]``
+        :param gamma: discount factor
         """
         self._steps += [step] * len(rows)
         self._rows += rows
         self._observations += [own_copy(infos[row]["terminal_observation"]) for row in rows]
+        self._rewards += rewards[rows].tolist()
+        self._gammas += [gamma] * len(rows)
 
-    def bootstrap(self, rewards: np.ndarray, predict_values: ValuesOf, gamma: float, at_once: int = 256) -> None:
+    def bootstrap(self, rewards: np.ndarray, predict_values: ValuesOf, at_once: int = 256) -> None:
         """
-        :param rewards: ``[n_steps, n_envs]``, of floats; what would have followed is added
+        Add what would have followed, and begin anew.
+
+        :param rewards: ``[n_steps, n_envs]``, those that are concerned are replaced
         :param predict_values: see :func:`bootstrap_time_limits`
-        :param gamma: discount factor
         :param at_once: observations per call
         """
+        received, gammas = np.array(self._rewards, rewards.dtype), np.array(self._gammas, rewards.dtype)
         for part in (slice(start, start + at_once) for start in range(0, len(self._rows), at_once)):
             values = predict_values(_batch(self._observations[part]))
-            rewards[self._steps[part], self._rows[part]] += gamma * values
+            rewards[self._steps[part], self._rows[part]] = received[part] + gammas[part] * values
+        for kept in (self._steps, self._rows, self._observations, self._rewards, self._gammas):
+            kept.clear()
 
 
 def _batch(observations: list[Any]) -> Any:

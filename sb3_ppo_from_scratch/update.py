@@ -236,6 +236,8 @@ class UpdateStats:
     """Minibatches left out since their loss or gradient was not finite."""
     kl: th.Tensor | float | None = None
     """Exact KL between old and new policy in nats, the mean over the last epoch's minibatches; ``None`` if not known."""
+    explained_variance: float | None = None
+    """Of the returns by the old values, where several processes know parts of them; ``None`` where one knows them all."""
     kl_terms: list[Any] = field(default_factory=list)
     """The last epoch's, see :attr:`Gradient.kl_term`."""
     _rows: list[tuple[th.Tensor | float, ...]] = field(default_factory=list)

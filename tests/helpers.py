@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -19,7 +20,16 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.gpu.material import config
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import Engine, choose_engine
+from sb3_ppo_from_scratch.engines.compiled.library import kernel_reason
 from sb3_ppo_from_scratch.update import UpdateConfig
+
+KERNEL_REASON = kernel_reason()
+"""Why there is no engine "compiled" here; ``None`` if there is."""
+is_built = pytest.mark.skipif(KERNEL_REASON is not None, reason=str(KERNEL_REASON))
+BY_HAND = [pytest.param("compiled", marks=is_built), pytest.param("numpy")]
+"""Engines for small networks on a CPU"""
+FASTEST = "numpy" if KERNEL_REASON else "compiled"
+"""What ``"auto"`` chooses for those"""
 
 
 class ToyEnv(gym.Env):

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ class Selection:
     """
     A pytest plugin that leaves out what has no PPO in it and what is deselected, and says how much.
 
-    :param algorithm: the class under test
+    :param algorithms: the classes under test
     :param deselected: see :data:`DESELECTED`
     """
 
-    def __init__(self, algorithm: type[BaseAlgorithm], deselected: dict[str, str]):
-        self.algorithm = algorithm
+    def __init__(self, algorithms: list[type[BaseAlgorithm]], deselected: dict[str, str]):
+        self.algorithms = algorithms
         self.deselected = deselected
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,40 +82,53 @@ class Selection:
     def _about_another_algorithm(self, item: pytest.Item) -> bool:
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         algorithms = [value for value in parameters if isinstance(value, type) and issubclass(value, BaseAlgorithm)]
-        return bool(algorithms) and self.algorithm not in algorithms
+        return bool(algorithms) and not any(each in algorithms for each in self.algorithms)
 
     def _known_to_fail(self, item: pytest.Item) -> bool:
         return any(item.nodeid.startswith(start) for start in self.deselected)
 
     def pytest_report_header(self) -> list[str]:
-        chosen = f"{self.algorithm.__name__} on stable_baselines3 {stable_baselines3.__version__}"
-        return [f"SB3's tests: {chosen}", *(f"  not run: {test}: {why}" for test, why in self.deselected.items())]
+        names = ", ".join(each.__name__ for each in self.algorithms)
+        chosen = f"{names} on stable_baselines3 {stable_baselines3.__version__}"
+        return [f"tests of others: {chosen}", *(f"  not run: {test}: {why}" for test, why in self.deselected.items())]
 
 
-def main(arguments: list[str]) -> int:
+def run_suite(
+    arguments: list[str],
+    name: str,
+    algorithms: list[tuple[type[BaseAlgorithm], type[BaseAlgorithm]]],
+    replace: Callable[[], None],
+    deselected: dict[str, str],
+) -> int:
     """
     :param arguments: ``[--plain] CHECKOUT [pytest's arguments]``
+    :param name: what a file must name to be run, a regular expression
+    :param algorithms: each class that is replaced, and by what
+    :param replace: replaces them
+    :param deselected: see :data:`DESELECTED`
     :return: pytest's exit status
-    :raises SystemExit: if there is no checkout of SB3 at ``CHECKOUT``
+    :raises SystemExit: if there is no checkout at ``CHECKOUT``
     """
     plain = arguments[:1] == ["--plain"]
     checkout, *pytest_arguments = arguments[plain:] or [""]
     source = Path(checkout).resolve() / "tests"
     if not checkout or not (source / "test_run.py").is_file():
-        raise SystemExit(f"usage: python {Path(__file__).name} [--plain] CHECKOUT_OF_SB3 [pytest's arguments]")
+        raise SystemExit(f"usage: python {Path(sys.argv[0]).name} [--plain] CHECKOUT [pytest's arguments]")
     if not plain:
-        replace_ppo()
+        replace()
         accept_value_errors()
     with tempfile.TemporaryDirectory() as folder:  # holds the tests alone, so that only the installed package can be found
         shutil.copytree(source, Path(folder, "tests"))
         shutil.copy(source.parent / "pyproject.toml", folder)
         os.chdir(folder)
-        files = [str(path) for path in sorted(Path("tests").glob("test_*.py")) if re.search(r"\bPPO\b", path.read_text())]
-        selection = Selection(Replaced if plain else ScratchPPO, {} if plain else DESELECTED)
+        files = [
+            str(path) for path in sorted(Path("tests").glob("test_*.py")) if re.search(rf"\b({name})\b", path.read_text())
+        ]
+        selection = Selection([pair[0 if plain else 1] for pair in algorithms], {} if plain else deselected)
         status = pytest.main(["-p", "no:cacheprovider", *files, *pytest_arguments], plugins=[selection])
         os.chdir(source.parent)
     return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_suite(sys.argv[1:], "PPO", [(Replaced, ScratchPPO)], replace_ppo, DESELECTED))

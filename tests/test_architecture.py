@@ -20,8 +20,9 @@ FLOORS: list[set[str]] = [
     {"buffer"},
     {"checks.finite", "checks.answers", "safe_files", "recurrent"},
     {"update", "vec_env", "checks.hyperparameters"},
+    {"distributed"},
     {"engines", "checkpoint"},
-    {"rollout"},
+    {"rollout", "evaluation"},
     {"ppo"},
     {"__init__"},
     {"zoo"},
@@ -100,12 +101,16 @@ def test_the_top_shows_ppo_and_nothing_else() -> None:
     assert len(names) <= 12
 
 
-@pytest.mark.parametrize("engine", ["numpy_mlp", "channels_last", "lstm", "cudagraph"])
+@pytest.mark.parametrize("engine", ["compiled", "numpy_mlp", "channels_last", "lstm", "cudagraph"])
 def test_the_package_needs_no_engine_but_the_reference(engine: str) -> None:
     """Nothing outside ``engines/`` names one; within, only the choice does, and an engine that builds on another."""
     users = {module for module, found in imports().items() for target in found if target.startswith(f"engines.{engine}")}
     outside = {module for module in users if not module.startswith(f"engines.{engine}")} - {"engines"}
-    assert outside <= ({"engines.cudagraph.engine"} if engine == "channels_last" else set())
+    builds_on = {
+        "channels_last": {"engines.cudagraph.engine"},
+        "numpy_mlp": {f"engines.compiled.{name}" for name in ("engine", "learning")},
+    }
+    assert outside <= builds_on.get(engine, set())
 
 
 def test_an_import_brings_neither_the_zoo_nor_cuda_graphs() -> None:

@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, floor, memory, soak, throughput, timed_run, zoo_engines
+from benchmarks import cartpole, components, floor, memory, soak, throughput, timed_run, vector_envs, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
+from tests.helpers import FASTEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +53,7 @@ def test_throughput_end_to_end(tmp_path: Path) -> None:
     assert case["contestants"][0]["engine"] == "sb3"
     ran = {(row["engine"], row["envs"]) for row in case["contestants"]}
     assert ("torch", "dummy") in ran
-    assert {engine for engine, _ in ran} >= {"numpy"} & set(ENGINE_NAMES)
+    assert {engine for engine, _ in ran} >= {"numpy", FASTEST} & set(ENGINE_NAMES)
     for row in case["contestants"]:
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) > 0
@@ -89,7 +91,7 @@ def test_cartpole_end_to_end(tmp_path: Path) -> None:
     bits = {who: side["same_bits_as_sb3"] for who, side in record["sides"].items()}
     assert bits["reference"]
     assert not bits["fast"]
-    assert record["sides"]["fast"]["title"] == "ScratchPPO, engine auto, which took numpy"
+    assert record["sides"]["fast"]["title"] == f"ScratchPPO, engine auto, which took {FASTEST}"
     assert record["hyperparameters"] == load_task("CartPole-v1").described()
     assert {(run["side"], run["seed"]) for run in record["runs"]} == {(who, 0) for who in record["sides"]}
     assert cartpole.table(record) in printed
@@ -389,3 +391,16 @@ def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         throughput.parse_options(arguments)
     assert caught.value.code == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_ways_to_step_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a task that needs no mujoco."""
+    kinds = {kind: lambda n_envs: make_vec_env("Pendulum-v1", n_envs) for kind in ("DummyVecEnv", "another")}
+    monkeypatch.setattr(vector_envs, "KINDS", kinds)
+    speeds = vector_envs.measure(n_envs=2, n_steps=32, rounds=2)
+    assert list(speeds) == list(kinds)
+    for each in speeds.values():
+        for speed in each.values():
+            assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert each["training"]["max"] < each["alone"]["max"]
+    assert f"| DummyVecEnv | {speeds['DummyVecEnv']['alone']['median']:,} (" in vector_envs.table(speeds)

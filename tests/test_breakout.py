@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from stable_baselines3.common.env_util import make_vec_env
 
-from benchmarks import breakout, episode
+from benchmarks import breakout, episode, packing
 from benchmarks.breakout import parse_options, train_breakout
 from benchmarks.comparison.one_run import weights_digest
 from benchmarks.record import ROOT
@@ -119,6 +119,62 @@ def test_what_was_written_after_the_last_checkpoint_is_dropped(tmp_path: Path) -
     assert record["evaluations"] == []
 
 
+def test_a_run_goes_on_where_its_pieces_were_carried_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the steps, the rows and the seeds of the run, and with the files that others have put beside them."""
+    monkeypatch.setattr(breakout, "load_task", lambda name: tiny_task())
+    monkeypatch.setattr(breakout, "draw", lambda record, path: None)
+    monkeypatch.setattr(packing.pack, "__defaults__", (1_000_000,))
+    seeds: list[int] = []
+    games = breakout._games
+    monkeypatch.setattr(breakout, "_games", lambda *a, **k: (seeds.append(a[2]), games(*a, **k))[1])
+
+    def main(name: str, *more: str) -> dict[str, Any]:
+        arguments = ["--out", str(tmp_path / name), "--timesteps", "40", "--minutes", "0", "--eval-episodes", "0"]
+        monkeypatch.setattr("sys.argv", ["breakout", *arguments, *more])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            breakout.main()
+        return json.loads((tmp_path / name / "record.json").read_text(encoding="utf-8"))
+
+    pieces = str(tmp_path / "pieces")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "0.monitor.csv").write_text("a game", encoding="utf-8")
+    first = main("first", "--pack", pieces)
+    assert max(path.stat().st_size for path in Path(pieces).iterdir()) <= 1_000_000 < packing.PIECE
+    assert len(list(Path(pieces).iterdir())) > 4
+    record = main("second", "--unpack", pieces)
+    assert record["sessions"][:1] == first["sessions"]
+    assert [row["from"] for row in record["sessions"]] == [0, ROLLOUT]
+    assert (tmp_path / "second" / "0.monitor.csv").read_text(encoding="utf-8") == "a game"
+    assert seeds[::2] == [1, 1001], "no game is played again"
+    with pytest.raises(FileExistsError, match="second is not empty"):
+        main("second", "--unpack", pieces)
+
+
+def test_pieces_are_all_there_and_whole_or_none_is_taken(tmp_path: Path) -> None:
+    run, pieces = tmp_path / "run", tmp_path / "pieces"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("00000001-8-steps.ckpt", "00000002-16-steps.ckpt"):
+        (run / "checkpoints" / name).write_bytes(np.random.default_rng(0).bytes(100))
+    (run / "record.json").write_text("{}", encoding="utf-8")
+    assert len(packing.pack(run, pieces, 2_000)) > 3
+    files = packing.pack(run, pieces, 9_000)
+    assert [path.name for path in files] == ["piece-000", "piece-001", "pieces.json"]
+    assert set(files) == set(pieces.iterdir()), "nothing of the first time is left"
+    packing.unpack(pieces, tmp_path / "again")
+    found = sorted(str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert found == ["checkpoints/00000002-16-steps.ckpt", "record.json"], "of the checkpoints the newest"
+    files[1].write_bytes(b"other bytes")
+    with pytest.raises(ValueError, match="piece-001 is damaged"):
+        packing.unpack(pieces, tmp_path / "third")
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match="piece-001"):
+        packing.unpack(pieces, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        packing.pack(tmp_path / "nowhere", pieces)
+
+
 def test_final_games_that_do_not_fit_are_left_to_the_next_command(tmp_path: Path) -> None:
     first = command(tmp_path, 1, timesteps=ROLLOUT)
     assert (first["sessions"][-1]["to"], first["done"]) == (ROLLOUT, False)
@@ -154,7 +210,7 @@ def a_record(done: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("done", [False, True])
 def test_the_picture_says_how_far_the_run_got(done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(breakout, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("benchmarks.drawing.save_figure", lambda figure, path: figures.append(figure))
     breakout.draw(a_record(done), tmp_path / "curve.png")
     figure = figures[0]
     assert figure.get_suptitle() == "BreakoutNoFrameskip-v4, seed 1: 40,000 of 10,000,000 steps (0.4%)"

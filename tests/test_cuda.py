@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from benchmarks.gpu.checks import CHECKS, count_waits
+from benchmarks.gpu.checks import CHECKS, SUBJECTS, Subject, count_waits
 from benchmarks.gpu.material import exact_products
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
@@ -27,6 +27,7 @@ from tests.helpers import ToyEnv
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device; none was available")
 CUDA = th.device("cuda")
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 12, "n_epochs": 2, "device": "cuda", "seed": 1}
+ENGINE = {**SIZES, "engine": "cudagraph"}  # "auto" leaves it out
 
 
 def make_env(frames: bool = False) -> VecEnv:
@@ -34,11 +35,11 @@ def make_env(frames: bool = False) -> VecEnv:
     return DummyVecEnv([lambda: ToyEnv(space, spaces.Discrete(4))] * 2)
 
 
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
-def test_is_right(check: Callable[..., Any]) -> None:
+def test_is_right(check: Callable[..., Any], subject: Subject) -> None:
     with exact_products():
-        results = list(check(CUDA))
-    assert results
+        results = list(check(CUDA, subject))
     assert [result for result in results if not result.passed] == []
 
 
@@ -101,7 +102,7 @@ def test_an_upload_may_be_overwritten_at_once() -> None:
 def test_trains_saves_and_loads(policy: str, frames: bool, precision: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # a graph that could not be recorded
-        model = ScratchPPO(policy, make_env(frames), engine="cudagraph", precision=precision, **SIZES)
+        model = ScratchPPO(policy, make_env(frames), precision=precision, **ENGINE)
         model.learn(160)
     assert type(model._engine) is CudaGraphEngine
     assert type(model.rollout_buffer) is DeviceRolloutBuffer
@@ -124,39 +125,53 @@ def test_trains_saves_and_loads(policy: str, frames: bool, precision: str, tmp_p
 
 def test_training_is_the_same_again() -> None:
     """From the same seed, with graphs recorded anew."""
-    runs = [ScratchPPO("MlpPolicy", make_env(), **SIZES).learn(160) for _ in range(2)]
+    runs = [ScratchPPO("MlpPolicy", make_env(), **ENGINE).learn(160) for _ in range(2)]
+    assert {type(run._engine) for run in runs} == {CudaGraphEngine}
     for a, b in zip(*(run.policy.parameters() for run in runs), strict=True):
         th.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_resumes_where_it_was(tmp_path: Path) -> None:
     """Recording in the middle of a run moves no random generator."""
-    whole = ScratchPPO("MlpPolicy", make_env(), **SIZES).learn(160)
+    whole = ScratchPPO("MlpPolicy", make_env(), **ENGINE).learn(160)
 
     class Stop(BaseCallback):
         def _on_step(self) -> bool:
             return self.num_timesteps < 100
 
-    ScratchPPO("MlpPolicy", make_env(), **SIZES).learn(160, callback=[ResumableCheckpoint(32, tmp_path), Stop()])
+    ScratchPPO("MlpPolicy", make_env(), **ENGINE).learn(160, callback=[ResumableCheckpoint(32, tmp_path), Stop()])
     rest = ScratchPPO.resume(tmp_path, make_env(), device="cuda")
     assert rest.num_timesteps == 96
     rest.continue_learning()
+    assert type(rest._engine) is type(whole._engine) is CudaGraphEngine
     for a, b in zip(rest.policy.parameters(), whole.policy.parameters(), strict=True):
         th.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_host_waits_once_per_step_and_once_per_update() -> None:
-    model = ScratchPPO("CnnPolicy", make_env(frames=True), **SIZES).learn(64)
+    model = ScratchPPO("CnnPolicy", make_env(frames=True), **ENGINE).learn(64)
     engine, buffer = model._engine, model.rollout_buffer
     obs = np.asarray(model._last_obs)
     assert count_waits(lambda: engine.act(buffer.observe(obs))) <= 1  # torch may or may not report a stream's synchronize
     assert count_waits(lambda: engine.update(buffer, model._update_config())) == 1
 
 
-def test_falls_back_with_a_reason() -> None:
-    model = ScratchPPO("MlpPolicy", make_env(), **SIZES)
-    model.policy.value_net.register_forward_hook(lambda *_: None)
-    model.learn(64)
-    assert model._engine.name == "torch"
+def test_what_it_cannot_serve_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Adam or AdamW"):
-        ScratchPPO("MlpPolicy", make_env(), engine="cudagraph", policy_kwargs={"optimizer_class": th.optim.SGD}, **SIZES)
+        ScratchPPO("MlpPolicy", make_env(), policy_kwargs={"optimizer_class": th.optim.SGD}, **ENGINE)
+    model = ScratchPPO("MlpPolicy", make_env(), **ENGINE).learn(64)
+    model.policy.value_net.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        model.learn(64)
+
+
+def test_a_graph_of_autograds_from_before_does_not_end_a_recording() -> None:
+    """A callback's, which the policy keeps, made on the default stream."""
+    model = ScratchPPO("MlpPolicy", make_env(), **ENGINE)
+    obs, actions = th.zeros((2, 3), device=CUDA), th.zeros(2, dtype=th.int64, device=CUDA)
+    kept = model.policy.evaluate_actions(obs, actions)
+    kept[0].sum().backward(retain_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.learn(64)
+    assert model._engine._learner._minibatch.reason is None

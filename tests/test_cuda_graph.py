@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +61,7 @@ class FakeCuda:
             "current_stream": lambda device=None: Stream("current"),
             "stream": lambda stream: within(stream.name),
             "device": lambda device: contextlib.nullcontext(),
-            "graph": lambda graph, stream: within("recording"),
+            "graph": lambda graph, stream, capture_error_mode: within(f"recording, {capture_error_mode}"),
             "get_sync_debug_mode": lambda: self.mode,
             "set_sync_debug_mode": self.set_mode,
         }
@@ -94,10 +95,10 @@ def test_rehearses_on_a_stream_of_its_own_then_records(cuda: FakeCuda) -> None:
         "waits: 0",
         "end side",
         "current waits for side",
-        "begin recording",
-        "work",
-        "end recording",
         "end unchanged",
+        "begin recording, thread_local",
+        "work",
+        "end recording, thread_local",
         "replay",
         "replay",
     ]
@@ -114,10 +115,59 @@ def test_a_function_that_waits_is_called_as_it_is(cuda: FakeCuda) -> None:
     with pytest.warns(RuntimeWarning, match="no CUDA graph, .*: called a synchronizing CUDA operation$"):
         captured.prepare()
     assert cuda.mode == 0
-    assert "begin recording" not in cuda.log, "a recording that fails would leave CUDA's random generator unusable"
+    assert not any("recording" in line for line in cuda.log), "one that fails would leave CUDA's random generator unusable"
+    assert cuda.log[-4:] == ["waits: 0", "end side", "current waits for side", "end unchanged"], (
+        "the other stream is waited for"
+    )
     captured()
     assert cuda.log[-1] == "work"
     assert captured.reason == "called a synchronizing CUDA operation"
+
+
+def test_a_recording_that_fails_is_no_reason_to_go_on(cuda: FakeCuda) -> None:
+    """Torch draws no random number any more after it, so that the function called as it is would die of something else."""
+
+    def work() -> None:
+        if cuda.log[-1].startswith("begin recording"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    captured = Captured(work, th.device("cuda"))
+    with pytest.raises(RuntimeError, match=r"could not be recorded, .*engine='torch'.*: operation not permitted"):
+        captured.prepare()
+    assert captured.reason is None
+    assert gc.isenabled()
+
+
+def test_no_garbage_is_collected_in_a_recording(cuda: FakeCuda) -> None:
+    enabled = []
+    Captured(lambda: enabled.append(gc.isenabled()), th.device("cuda")).prepare()
+    assert enabled == [True] * 3 + [False]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_convolutions_are_tried_out_where_they_may_be(deterministic: bool, cuda: FakeCuda, monkeypatch: Any) -> None:
+    monkeypatch.setattr(th.backends.cudnn, "deterministic", deterministic)
+    tried = []
+    Captured(lambda: tried.append(th.backends.cudnn.benchmark), th.device("cuda")).prepare()
+    assert tried == [not deterministic] * 4
+    assert not th.backends.cudnn.benchmark
+
+
+def test_torchs_watch_over_waits_does_not_tell_every_user_that_it_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_mode(mode: Any) -> None:
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all", UserWarning, stacklevel=2
+        )
+
+    monkeypatch.setattr(th.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(th.cuda, "get_sync_debug_mode", lambda: 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with cuda_graph.sync_debug_mode("error"):
+            pass
+        with pytest.raises(UserWarning, match="something else"), cuda_graph.sync_debug_mode("error"):
+            warnings.warn("something else", UserWarning, stacklevel=1)
 
 
 def test_another_error_is_not_hidden(cuda: FakeCuda) -> None:

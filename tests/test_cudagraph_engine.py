@@ -26,6 +26,7 @@ from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO, ScratchRolloutBuffe
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, acting, learning, support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
+from sb3_ppo_from_scratch.engines.replayed import MEASURED
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.emulated_graph import EmulatedCapture
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
@@ -244,7 +245,41 @@ def test_gradients_in_double_precision() -> None:
         assert_close(ours, theirs, 1e-12, name)
     assert 0 < expected.clip_fraction < 1
     for name, value in expected._asdict().items():
-        assert learner.log[0, learning._MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
+        assert learner.log[0, MEASURED.index(name)].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_a_gradient_shares_no_node_with_graphs_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node remembers the stream that it was made on; on a GPU the default stream's would end a recording."""
+    policy = make_policy()
+    buffer = make_buffer(policy, DeviceRolloutBuffer)
+    fill(make_policy(), buffer)
+    kept = policy.evaluate_actions(th.zeros(2, 3), th.zeros(2))[0].sum()  # by somebody's callback
+    before, within = leaves_of(kept), set[Any]()
+    grad = th.autograd.grad
+
+    def watched(loss: th.Tensor, *arguments: Any) -> Any:
+        within.update(leaves_of(loss))
+        return grad(loss, *arguments)
+
+    monkeypatch.setattr(learning.th.autograd, "grad", watched)
+    CudaGraphEngine(policy).update(buffer, update_config())
+    assert len(before) > 5
+    assert within
+    assert not before & within
+    monkeypatch.undo()
+    again = leaves_of(policy.evaluate_actions(th.zeros(2, 3), th.zeros(2))[0].sum())
+    assert again == before, "the parameters themselves are back, with their nodes"
+
+
+def leaves_of(tensor: th.Tensor) -> set[Any]:
+    """Autograd's nodes of the parameters below ``tensor``."""
+    found, open_nodes = set[Any](), [tensor.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None:
+            found |= {node} if hasattr(node, "variable") else set()
+            open_nodes += [parent for parent, _ in node.next_functions]
+    return found
 
 
 # ------------------------------------------------------ what the device decides
@@ -570,15 +605,18 @@ def test_auto_leaves_it_out(on_cpu: None) -> None:
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="what is asked is what happens without CUDA")
-def test_what_was_trained_on_a_gpu_may_be_watched_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "there"), [("bf16", "bf16"), ("tf32", "fp32")])
+def test_what_was_trained_on_a_gpu_may_be_watched_on_a_cpu(
+    precision: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(support, "device_reason", lambda policy: None)
-        ScratchPPO("CnnPolicy", make_env("frames"), engine="cudagraph", precision="bf16", device="cpu", **SIZES).save(
+        ScratchPPO("CnnPolicy", make_env("frames"), engine="cudagraph", precision=precision, device="cpu", **SIZES).save(
             tmp_path / "model"
         )
     with pytest.warns(UserWarning, match="goes on with 'auto': engine='cudagraph' .*it needs a CUDA device, not cpu"):
         model = ScratchPPO.load(tmp_path / "model", env=make_env("frames"))
-    assert (model.engine, model.precision) == ("auto", "bf16")
+    assert (model.engine, model.precision) == ("auto", there)
     assert model.learn(32)._engine.name == "channels_last"
     with pytest.raises(ValueError, match="it needs a CUDA device, not cpu"):
         ScratchPPO.load(tmp_path / "model", engine="cudagraph")
@@ -592,6 +630,33 @@ def test_bfloat16_is_for_frames(on_cpu: None) -> None:
     with pytest.raises(ValueError, match="precision='bf16' is for CnnPolicy"):
         make_engine("cudagraph", make_policy("two cnns"), "bf16")
     assert make_engine("cudagraph", make_policy("cnn"), "bf16").precision == "bf16"
+
+
+def test_tensor_float_32_is_for_all_of_its_products_and_for_nobody_elses(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the switches change nothing, so the numbers are those of float32."""
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
+
+    def switches() -> tuple[str, bool]:
+        return th.get_float32_matmul_precision(), th.backends.cudnn.allow_tf32
+
+    before, seen = switches(), list[tuple[str, tuple[str, bool]]]()
+    heads, grad = CudaGraphEngine.heads, th.autograd.grad
+    monkeypatch.setattr(CudaGraphEngine, "heads", lambda self, obs: (seen.append(("heads", switches())), heads(self, obs))[1])
+    monkeypatch.setattr(learning.th.autograd, "grad", lambda *a: (seen.append(("gradient", switches())), grad(*a))[1])
+    options: dict[str, Any] = {"configs": [update_config()]}
+    for precision, inside in (("tf32", ("high", True)), ("fp32", before)):
+        seen.clear()
+        ours = Updated(False, precision=precision, **options)
+        ours.engine.act(th.zeros(2, 3))
+        ours.engine.predict_values(th.zeros(2, 3))
+        assert {what for what, _ in seen} == {"heads", "gradient"}
+        assert {how for _, how in seen} == {inside}
+        assert switches() == before
+        assert_same_updates(ours, Updated(True, **options))
+    with pytest.raises(ValueError, match="its precision must be 'fp32'"):
+        make_engine("torch", make_policy(), "tf32")
 
 
 def test_what_becomes_unsupported_goes_to_another_engine(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

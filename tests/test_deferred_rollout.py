@@ -48,13 +48,25 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 class Looking(BaseCallback):
-    """Code of the user's, which might look at each step."""
+    """Code of the user's, which looks at each step. What it was shown is what the rollout holds afterwards."""
+
+    def _on_rollout_start(self) -> None:
+        self.seen: list[tuple[np.ndarray, ...]] = []
 
     def _on_step(self) -> bool:
-        assert th.is_tensor(self.locals["values"])
-        assert th.is_tensor(self.locals["log_probs"])
+        shown = (self.locals[name] for name in ("values", "log_probs", "dist_params"))
+        self.seen.append(tuple(each.numpy().reshape(self.training_env.num_envs, -1) for each in shown))
         assert th.is_tensor(self.locals["obs_tensor"])
+        if len(self.seen) > 1:  # the step before this one is in the buffer by now
+            np.testing.assert_array_equal(self.model.rollout_buffer.values[len(self.seen) - 2, :, None], self.seen[-2][0])
         return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        for steps, array in zip(
+            zip(*self.seen, strict=True), (buffer.values, buffer.log_probs, buffer.dist_params), strict=True
+        ):
+            np.testing.assert_allclose(np.array(steps).reshape(array.shape), array, rtol=1e-6, atol=1e-6)
 
 
 class Counting(NumpyEngine):
@@ -97,15 +109,18 @@ def counts(model: ScratchPPO) -> tuple[int, int]:
     return engine.whole, engine.deferred
 
 
-def assert_same_rollout(deferred: ScratchPPO, whole: ScratchPPO) -> None:
+def assert_same_rollout(deferred: ScratchPPO, whole: ScratchPPO, exact: bool = True) -> None:
+    """To the last bit; or where no step was left for later, up to rounding."""
     ours, theirs = deferred.rollout_buffer, whole.rollout_buffer
     assert not ours.unrated.any()
     for name in FIELDS:
         a, b = getattr(ours, name), getattr(theirs, name)
         assert a.shape == b.shape
         assert a.dtype == b.dtype
-        scale = 1 if name in ("rewards", "advantages", "returns") else 0
-        np.testing.assert_allclose(a, b, rtol=1e-6 + 1e-5 * scale, atol=1e-6 + 1e-5 * scale, err_msg=name)
+        if exact:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        tolerance = 1e-5 if name in ("advantages", "returns") else 1e-6
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
     assert [info["l"] for info in deferred.ep_info_buffer] == [info["l"] for info in whole.ep_info_buffer]
 
 
@@ -165,14 +180,14 @@ def test_reset_rows() -> None:
 
 
 def test_training_is_the_same() -> None:
-    """CartPole for some iterations, whole and deferred, up to rounding."""
+    """A callback that only looks changes nothing, not a bit, in several iterations."""
     ends = []
     for callback in (None, Looking()):
         env = make_vec_env("CartPole-v1", 4, seed=0)
         model = ScratchPPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=2, seed=0, device="cpu", engine="numpy")
         model.learn(512, callback=callback)
         ends.append(nn.utils.parameters_to_vector(model.policy.parameters()).detach())
-    th.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    assert th.equal(*ends)
 
 
 # ----------------------------------------------------------------------- who has a say
@@ -222,18 +237,78 @@ def test_what_a_buffer_would_round_is_not_left_for_later(space: str, seen: str, 
     assert not buffer.keeps({"key": np.zeros((2, 3), seen)})
 
 
-def test_steps_may_be_left_for_later_one_by_one() -> None:
-    """An environment may change the type of its numbers; here every third step is computed at once."""
+def collected_with(keeps: Callable[[ScratchRolloutBuffer, Any], bool], *args: Any, **kwargs: Any) -> ScratchPPO:
+    """:param keeps: instead of the buffer's method"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScratchRolloutBuffer, "keeps", keeps)
+        return collected(*args, **kwargs)
 
-    def run(keeps: Callable[[ScratchRolloutBuffer, Any], bool]) -> ScratchPPO:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ScratchRolloutBuffer, "keeps", keeps)
-            return collected(toys())
 
-    mixed, whole = run(lambda buffer, obs: buffer.pos % 3 > 0), run(lambda buffer, obs: False)
-    assert counts(mixed) == (28, 52)
+@pytest.mark.parametrize("actions", [*ACTION_SPACES])
+def test_against_steps_that_are_computed_at_once(actions: str) -> None:
+    """And an environment may change the type of its numbers, so that only some steps are: here every third."""
+
+    def run(keeps: Callable[[ScratchRolloutBuffer, Any], bool], callback: Any = None) -> ScratchPPO:
+        return collected_with(keeps, toys(actions=ACTION_SPACES[actions]), callback)
+
+    whole, mixed = run(lambda buffer, obs: False), run(lambda buffer, obs: buffer.pos % 3 > 0)
     assert counts(whole) == (80, 0)
-    assert_same_rollout(mixed, whole)
+    assert counts(mixed) == (28, 52)
+    assert_same_rollout(mixed, whole, exact=False)
+    assert_same_rollout(mixed, run(lambda buffer, obs: buffer.pos % 3 > 0, Looking()))
+
+
+class Changing(Looking):
+    """Changes the weights in some steps, in one way or another; what was shown before stays true."""
+
+    def __init__(self, change: Callable[[Any], None]):
+        super().__init__()
+        self.change = change
+
+    def _on_step(self) -> bool:
+        super()._on_step()
+        if len(self.seen) in (6, 7, 14, 30):  # in the 7th and 14th, episodes are cut by their time limit
+            self.change(self.model.policy)
+        return True
+
+
+def louder(policy: Any) -> None:
+    with th.no_grad():
+        policy.value_net.weight.mul_(1.5)
+        policy.action_net.bias.add_(0.3)
+
+
+def elsewhere(policy: Any) -> None:
+    policy.value_net.bias.data = policy.value_net.bias.data + 1.0
+
+
+def by_hook(policy: Any) -> None:
+    """From then on another engine goes on."""
+    policy.value_net.register_forward_hook(lambda module, inputs, output: output + 1.0)
+
+
+@pytest.mark.parametrize("change", [louder, elsewhere, by_hook])
+def test_weights_that_a_callback_changes_in_a_rollout(change: Callable[[Any], None]) -> None:
+    """Steps before it are by the old weights, steps after it by the new ones, as where each is computed at once."""
+    model, whole = (
+        collected_with(keeps, toys(actions=ACTION_SPACES["box"]), Changing(change), rollouts=1)
+        for keeps in (lambda buffer, obs: True, lambda buffer, obs: False)
+    )
+    assert_same_rollout(model, whole, exact=False)
+    assert (model._engine.name == "torch") == (change is by_hook)
+
+
+def test_a_discount_that_a_callback_changes_in_a_rollout() -> None:
+    class Impatient(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.gamma = 0.5 if self.n_calls > 10 else 0.9
+            return True
+
+    model, whole = (
+        collected_with(keeps, toys(), Impatient(), rollouts=1)
+        for keeps in (lambda buffer, obs: True, lambda buffer, obs: False)
+    )
+    assert_same_rollout(model, whole, exact=False)
 
 
 def test_the_steps_left_for_later_come_in_runs() -> None:

@@ -69,7 +69,7 @@ NAN = float("nan")
         ("seed", -1, ValueError, "at least 0"),
         ("seed", 2**32, ValueError, "at most 4294967295"),
         ("engine", "warp", ValueError, "'auto', .*'torch'"),
-        ("precision", "fp8", ValueError, "'fp32', 'bf16'"),
+        ("precision", "fp8", ValueError, "'fp32', 'tf32', 'bf16'"),
         ("precision", "bf16", ValueError, "NatureCNN"),
         ("nan_policy", "ignore", ValueError, "'raise', 'skip'"),
         ("device", "abacus", ValueError, "'cpu'"),

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_ppo_from_scratch import NonFiniteError, ScratchPPO
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
 from sb3_ppo_from_scratch.engines.reference.engine import TorchLearner
-from tests.helpers import ToyEnv
+from tests.helpers import BY_HAND, ToyEnv
 
 NAN, INF = float("nan"), float("inf")
 BOX = spaces.Box(-1.0, 1.0, (3,))
@@ -248,7 +248,7 @@ def test_the_numpy_engine_may_leave_out_minibatches(monkeypatch: pytest.MonkeyPa
     assert all(value.isfinite().all() for value in state_of(model))
 
 
-@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize("engine", [*BY_HAND, "torch"])
 def test_a_loss_beyond_float32_changes_nothing(engine: str) -> None:
     model = model_of(Failing, vf_coef=1e38, engine=engine)
     with th.no_grad():
@@ -284,7 +284,7 @@ ARGUMENTS = {
         [None, {}, {"net_arch": []}, {"net_arch": [4]}, {"log_std_init": -2.0}, {"ortho_init": False}]
     ),
     "seed": counts,
-    "engine": st.sampled_from(["auto", "torch", "numpy", "channels_last", "cudagraph", "warp", None, 1]),
+    "engine": st.sampled_from(["auto", "torch", "numpy", "compiled", "channels_last", "cudagraph", "warp", None, 1]),
     "nan_policy": st.sampled_from(["raise", "skip", "ignore", None, 1]),
 }
 

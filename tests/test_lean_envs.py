@@ -19,7 +19,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch import ScratchPPO, load_vec_normalize
+from sb3_ppo_from_scratch.checkpoint.env_state import level_names
 from sb3_ppo_from_scratch.vec_env import LeanDummyVecEnv, LeanVecNormalize, make_lean
 from sb3_ppo_from_scratch.vec_env.lean import copy_infos, update_statistics
 from tests.envs import OBSERVATION_SPACES
@@ -217,11 +218,15 @@ def test_a_models_environments_are_lean_beneath_their_wrappers(tmp_path: Path) -
     model = ScratchPPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu")
     assert model.env is env
     assert classes(env) == [VecFrameStack, LeanVecNormalize, VecMonitor, LeanDummyVecEnv]
+    names = level_names([env.venv, env.venv.venv.venv])
+    assert [name.rpartition(".")[2] for name in names] == ["VecNormalize", "DummyVecEnv"], "as in checkpoints of before"
     normalizer = model.get_vec_normalize_env()
     assert normalizer is not None
     normalizer.save(str(tmp_path / "statistics.pkl"))
     loaded = VecNormalize.load(str(tmp_path / "statistics.pkl"), VecMonitor(toy_vec()))
     assert type(loaded) is VecNormalize
+    assert type(load_vec_normalize(str(tmp_path / "statistics.pkl"), VecMonitor(toy_vec()))) is VecNormalize
+    assert type(normalizer) is LeanVecNormalize
     assert b"sb3_ppo_from_scratch" not in (tmp_path / "statistics.pkl").read_bytes()
     assert type(pickle.loads(pickle.dumps(normalizer))) is VecNormalize
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
-from tests.helpers import ToyEnv
+from tests.helpers import BY_HAND, FASTEST, ToyEnv
 
 VECTOR = spaces.Box(-1.0, 1.0, (5,), np.float32)
 ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU]
@@ -211,22 +211,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_update(observation_space: spaces.Space, action_space: spaces.Space, **kwargs: Any) -> None:
+def compare_update(
+    observation_space: spaces.Space, action_space: spaces.Space, engines: Sequence[str] = ("numpy", FASTEST), **kwargs: Any
+) -> None:
     theirs, start, expected, their_metrics = after_one_update("torch", observation_space, action_space, **kwargs)
-    ours, _, actual, our_metrics = after_one_update("numpy", observation_space, action_space, **kwargs)
-    # the same random numbers yield the same actions
-    np.testing.assert_allclose(ours.rollout_buffer.actions, theirs.rollout_buffer.actions, rtol=1e-4, atol=1e-5)
-    assert float((actual - expected).norm()) < NO_CHANGE * float((expected - start).norm())
-    trained = {key for key in their_metrics if key.startswith("train/")}
-    assert {key for key in our_metrics if key.startswith("train/")} == trained
-    for key in trained:
-        np.testing.assert_allclose(our_metrics[key], their_metrics[key], rtol=2e-2, atol=2e-5, err_msg=key)
-    ours_state, theirs_state = (model.policy.optimizer.state_dict() for model in (ours, theirs))
-    assert ours_state["param_groups"] == theirs_state["param_groups"]
-    for index, state in theirs_state["state"].items():
-        assert ours_state["state"][index].keys() == state.keys()
-        assert ours_state["state"][index]["step"] == state["step"]
-        np.testing.assert_allclose(ours_state["state"][index]["exp_avg"], state["exp_avg"], rtol=0.05, atol=2e-4)
+    for engine in engines:
+        ours, _, actual, our_metrics = after_one_update(engine, observation_space, action_space, **kwargs)
+        # the same random numbers yield the same actions
+        np.testing.assert_allclose(ours.rollout_buffer.actions, theirs.rollout_buffer.actions, rtol=1e-4, atol=1e-5)
+        assert float((actual - expected).norm()) < NO_CHANGE * float((expected - start).norm())
+        trained = {key for key in their_metrics if key.startswith("train/")}
+        assert {key for key in our_metrics if key.startswith("train/")} == trained
+        for key in trained:
+            np.testing.assert_allclose(our_metrics[key], their_metrics[key], rtol=2e-2, atol=2e-5, err_msg=key)
+        ours_state, theirs_state = (model.policy.optimizer.state_dict() for model in (ours, theirs))
+        assert ours_state["param_groups"] == theirs_state["param_groups"]
+        for index, state in theirs_state["state"].items():
+            assert ours_state["state"][index].keys() == state.keys()
+            assert ours_state["state"][index]["step"] == state["step"]
+            np.testing.assert_allclose(ours_state["state"][index]["exp_avg"], state["exp_avg"], rtol=0.05, atol=2e-4)
 
 
 @pytest.mark.parametrize("action_space", ["discrete", "box"])
@@ -290,7 +293,7 @@ def addresses(model: ScratchPPO) -> list[int]:
 def assert_learns(model: ScratchPPO) -> None:
     before = [parameter.detach().clone() for parameter in model.policy.parameters()]
     model.learn(64)
-    assert model._engine.name == "numpy"
+    assert model._engine.name in ("numpy", "compiled")
     assert not any(th.equal(old, new) for old, new in zip(before, model.policy.parameters(), strict=True))
     # the modules see what the engine computes with
     obs = th.randn(3, 4)
@@ -308,8 +311,9 @@ class Addresses(BaseCallback):
         return True
 
 
-def test_parameters_gradients_and_moments_are_the_policys_own() -> None:
-    model = cartpole()
+@pytest.mark.parametrize("engine", BY_HAND)
+def test_parameters_gradients_and_moments_are_the_policys_own(engine: str) -> None:
+    model = cartpole(engine=engine)
     home, held = addresses(model), model.policy.state_dict()
     while_training = Addresses()
     model.learn(128, callback=while_training)
@@ -361,14 +365,15 @@ def test_torch_may_take_over_at_any_time() -> None:
 def test_changes_from_outside_are_seen(change: Callable[[ScratchPPO], Any]) -> None:
     """The run after the change is the reference engine's after the same change."""
     ends = []
-    for engine in ("numpy", "torch"):
+    for engine in ("numpy", FASTEST, "torch"):
         model = cartpole(engine=engine).learn(64)
         change(model)
         model.learn(32, reset_num_timesteps=False)
         ends.append(nn.utils.parameters_to_vector(model.policy.parameters()).detach())
-        if engine == "numpy":
+        if engine != "torch":
             assert_learns(model)
-    th.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
+    for end in ends[:-1]:
+        th.testing.assert_close(end, ends[-1], rtol=1e-3, atol=1e-5)
 
 
 def test_a_model_saved_and_loaded_goes_on(tmp_path: Path) -> None:
@@ -475,19 +480,20 @@ UNSUPPORTED = {
 def test_what_it_cannot_do_exactly_it_refuses(make: Callable[[], ActorCriticPolicy], reason: str) -> None:
     policy = make()
     assert choose_engine("auto", policy).engine is TorchEngine
-    with pytest.raises(ValueError, match=f"cannot serve this model.*({reason})"):
-        choose_engine("numpy", policy)
+    for engine in ("numpy", "compiled"):
+        with pytest.raises(ValueError, match=f"cannot serve this model.*({reason})"):
+            choose_engine(engine, policy)
 
 
 def test_auto_takes_it_where_it_applies() -> None:
     for shared in (False, True):
         for action_space in ACTION_SPACES.values():
-            assert choose_engine("auto", make_policy(action_space, shared)).engine is NumpyEngine
+            assert choose_engine("auto", make_policy(action_space, shared)).engine.name == FASTEST
 
 
 def test_auto_falls_back_when_the_policy_is_changed_while_training(capsys: pytest.CaptureFixture[str]) -> None:
     model = cartpole(verbose=1).learn(32)
-    assert "Using the engine numpy" in capsys.readouterr().out
+    assert f"Using the engine {FASTEST}" in capsys.readouterr().out
     calls = []
     model.policy.action_net.register_forward_hook(lambda *_: calls.append(1))
     model.learn(32)

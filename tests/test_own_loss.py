@@ -29,7 +29,7 @@ from sb3_ppo_from_scratch.engines.reference import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, minibatch_loss
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
-from tests.helpers import ToyEnv, update_config
+from tests.helpers import FASTEST, ToyEnv, is_built, update_config
 
 SIZES: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 1, "device": "cpu"}
 DISCRETE = spaces.Discrete(3)
@@ -95,7 +95,14 @@ CHANGES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 
 @pytest.mark.parametrize(("module", "name", "function"), CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize(("policy", "engine"), [*itertools.product(["MlpPolicy", "CnnPolicy"], ["auto", "torch"]), *BY_NAME])
+@pytest.mark.parametrize(
+    ("policy", "engine"),
+    [
+        *itertools.product(["MlpPolicy", "CnnPolicy"], ["auto", "torch"]),
+        *BY_NAME,
+        pytest.param("MlpPolicy", "compiled", marks=is_built),
+    ],
+)
 def test_a_changed_function_counts(
     policy: str, engine: str, module: Any, name: str, function: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +112,8 @@ def test_a_changed_function_counts(
     observations = OBSERVATION_SPACES["box"] if policy == "MlpPolicy" else FRAMES
     before = weights(ScratchPPO(policy, toy(observations), **arguments).learn(32))
     monkeypatch.setattr(module, name, function)
-    if engine == "numpy":
-        with pytest.raises(ValueError, match=r"numpy: it computes PPO's own loss by hand, .* was changed"):
+    if engine in ("compiled", "numpy"):
+        with pytest.raises(ValueError, match=rf"{engine}: it computes PPO's own loss by hand, .* was changed"):
             ScratchPPO(policy, toy(observations), **arguments)
         return
     model = ScratchPPO(policy, toy(observations), **arguments).learn(32)
@@ -161,7 +168,7 @@ def test_an_edited_file_counts(file: str, line: str, more: str, tmp_path: Path) 
     (copied / file).write_text(text.replace(line, f"{line}\n    {more}"), encoding="utf-8")
     assert engine() == "torch"
     (copied / file).write_text(text, encoding="utf-8")
-    assert engine() == "numpy"
+    assert engine() == FASTEST
 
 
 def test_the_gradient_by_hand_is_of_todays_loss() -> None:
@@ -207,7 +214,7 @@ def test_what_differs_far_out_or_fails_is_not_by_hand(name: str, function: Any, 
     monkeypatch.setattr(losses, name, function)
     assert choose_engine("auto", policy).engine is TorchEngine
     monkeypatch.undo()
-    assert choose_engine("auto", policy).engine is NumpyEngine
+    assert choose_engine("auto", policy).engine.name == FASTEST
 
 
 def test_no_replaced_function_is_taken_for_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +263,7 @@ def test_the_example_changes_the_weights(
     if by_name is None:
         assert "Using the engine channels_last" in printed, "it differentiates any loss"
         return
-    assert "Using the engine torch (numpy: it computes PPO's own loss by hand, not loss_with_kl_penalty" in printed
+    assert "Using the engine torch (compiled, numpy: it computes PPO's own loss by hand, not loss_with_kl_penalty" in printed
     with pytest.raises(ValueError, match="not loss_with_kl_penalty"):
         cls(policy, env(), engine=by_name, **SIZES)
 

@@ -78,6 +78,7 @@ def test_constructor_is_sb3s_and_more_at_the_end() -> None:
         "precision": "fp32",
         "nan_policy": "raise",
         "nan_observations": None,
+        "data_parallel": False,
     }
     assert not issubclass(ScratchPPO, PPO)
     assert issubclass(ScratchPPO, OnPolicyAlgorithm)

@@ -37,7 +37,11 @@ def test_linked_files_hold_what_the_link_names(text: str, target: str) -> None:
     assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["example", "native", "long runs", "loading", "own loss", "equality"])
+@pytest.mark.parametrize(
+    "example",
+    EXAMPLES,
+    ids=["example", "native", "masks", "long runs", "processes", "loading", "own loss", "equality"],
+)
 def test_examples_run(example: str, tmp_path: Path) -> None:
     if "atari" in example:
         pytest.importorskip("ale_py")

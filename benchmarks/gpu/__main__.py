@@ -5,12 +5,15 @@ One command checks and measures, and ends within the budget::
 
     python -m benchmarks.gpu --out runs/gpu
 
-``check`` or ``measure`` does one of the two. A whole training of 10 million steps, in as many commands as it takes, is
-:mod:`benchmarks.breakout`'s::
+``check`` or ``measure`` does one of the two. A check that fails stops the measurements that it concerns, and no other. A whole
+training of 10 million steps, in as many commands as it takes, is :mod:`benchmarks.breakout`'s::
 
     python -m benchmarks.breakout --device cuda --engine cudagraph --minutes 9 --out runs/breakout-gpu
 
-All of it needs a CUDA device, and says so where there is none.
+All of it needs a CUDA device, and says so where there is none. Of packages it needs torch, NumPy, Gymnasium, Stable-Baselines3
+and ale-py, and OpenCV for SB3's own environments.
+
+A visit to a machine with a GPU, of 15 minutes and two commands, is ``benchmarks/gpu/visit.sh``.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch as th
 
-from benchmarks.gpu.checks import run_checks
+from benchmarks.gpu.checks import Check, check_all
 from benchmarks.gpu.measure import measure, table
 from benchmarks.options import command_line, number
 from benchmarks.record import provenance, write_json
@@ -32,15 +35,17 @@ from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS
 __all__ = ["COMMANDS", "main", "parse_options", "run"]
 
 COMMANDS = ("all", "check", "measure")
-_RESERVE = 45.0
-"""Seconds of the budget that are left for starting, for what cannot be cut short, and for writing."""
+_RESERVE = 10.0
+"""Seconds of the budget that are left for starting and for writing."""
+_CHECKS = 120.0
+"""Seconds that the checks may take."""
 
 
-def gpu_provenance() -> dict[str, Any]:
+def gpu_provenance(commit: str | None = None) -> dict[str, Any]:
     """As for all figures, and the GPU."""
     properties = th.cuda.get_device_properties(0)
     gpu = {"name": properties.name, "memory_mib": properties.total_memory // 2**20, "cuda": th.version.cuda}
-    return {**provenance("benchmarks.gpu"), "gpu": gpu | {"cudnn": th.backends.cudnn.version()}}
+    return {**provenance("benchmarks.gpu", commit), "gpu": gpu | {"cudnn": th.backends.cudnn.version()}}
 
 
 def run(options: argparse.Namespace, deadline: float) -> bool:
@@ -51,21 +56,30 @@ def run(options: argparse.Namespace, deadline: float) -> bool:
     :param deadline: ``time.monotonic()`` by which to have ended
     :return: whether all checks passed
     """
-    record, path = {**gpu_provenance(), "checks": [], "rows": []}, options.out / "gpu.json"
+    record, path = {**gpu_provenance(options.commit), "checks": [], "rows": []}, options.out / "gpu.json"
+    checks: list[Check] = []
     if options.command in ("all", "check"):
-        record["checks"] = [{**check._asdict(), "passed": check.passed} for check in run_checks(th.device("cuda"))]
+        checks = check_all(min(_CHECKS, deadline - time.monotonic()))
+        record["checks"] = [{**check._asdict(), "subject": str(check.subject), "passed": check.passed} for check in checks]
         write_json(path, record)
-    passed = all(check["passed"] for check in record["checks"])
-    if options.command in ("all", "measure") and passed:
-        for row in measure(options, deadline):
-            record["rows"].append(row)
+    failed = [check for check in checks if not check.passed]
+    if options.command in ("all", "measure"):
+        rows = record["rows"]
+        for row in measure(options, deadline, failed):
+            rows += [row] if row not in rows else []
             write_json(path, record)
-            print(
-                row.get("skipped") or f"{row['n_envs']} {row['envs']}, {row['title']}: {row['fps']:,.0f} steps/s", flush=True
-            )
-        print(f"\n{table(record['rows'])}\n")
-    print(f"wrote {path}" if passed else f"checks failed, so nothing was measured; wrote {path}")
-    return passed
+            print(told(row), flush=True)
+        print(f"\n{table(rows)}\n")
+    print(f"{len(failed)} of {len(checks)} checks failed; wrote {path}")
+    return not failed
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row in a line, as soon as it is there."""
+    said = row.get("skipped") or f"{row['fps']:,.0f} steps/s"
+    if "gpu_busy_share" in row:
+        said += f", GPU busy {row['gpu_busy_share']:.0%}"
+    return f"{row['n_envs']} {row['envs']}, {row['title']}: {said}"
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +88,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     :param arguments: ``None`` for this process's own
     """
-    parser = command_line("benchmarks.gpu", __doc__ or "", out=Path("runs/gpu"), seed=0)
+    parser = command_line("benchmarks.gpu", __doc__ or "", out=Path("runs/gpu"), seed=0, commit=None)
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="all", help="check and measure by default")
     parser.add_argument(
         "--budget-seconds",

@@ -1,12 +1,19 @@
-"""How fast is the engine of CUDA graphs on Breakout, beside SB3's PPO and the environments alone?"""
+"""
+How fast is the engine of CUDA graphs on Breakout, beside SB3's PPO and the environments alone?
+
+Every row comes from a process of its own; first all rates, then, with what time is left, the profiles.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +23,21 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.cases import Case, Contestant, build, make_env
+from benchmarks.gpu.checks import Check
+from benchmarks.gpu.child import answer_of, start
 from benchmarks.gpu.profile import minibatch_profile, profiled
 from benchmarks.markdown import markdown_table
 from benchmarks.tasks import Task, load_task
 from benchmarks.timed_run import peak_memory
+from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 
 __all__ = ["Stopwatch", "contestants", "described", "environment_rate", "measure", "measure_one", "table"]
 
 Record = dict[str, Any]
 
 ENV_ID = "BreakoutNoFrameskip-v4"
+_SHARE_OF_RATES = 0.5
+"""Of the budget; the rest is for starting and for the profiles."""
 
 
 def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
@@ -34,15 +46,14 @@ def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
 
     :param n_envs: parallel environments
     :param backend: of the native ones
-    :param cores: a process per environment is only tried up to twice as many
+    :param cores: a process per environment is only tried up to eight times as many
     """
-    subproc = [Contestant("sb3", "subproc")] if n_envs <= 2 * cores else []
+    subproc = [Contestant("sb3", "subproc")] if n_envs <= 8 * cores else []
     return [
         Contestant("none", backend),
-        Contestant("cudagraph", backend),
-        Contestant("cudagraph", backend, precision="bf16"),
-        Contestant("sb3", "dummy"),
+        *(Contestant("cudagraph", backend, precision=precision) for precision in CudaGraphEngine.precisions),
         *subproc,
+        Contestant("sb3", "dummy"),
         Contestant("torch", backend),
     ]
 
@@ -105,52 +116,79 @@ def measure_one(contestant: Contestant, n_envs: int, seconds: float, task: Task,
     :param device: of the networks
     :param seed: of the model and the environments
     """
-    case, record = Case("Breakout", ENV_ID, 0, lambda: task._replace(n_envs=n_envs)), described(contestant, n_envs)
+    case = Case("Breakout", ENV_ID, 0, lambda: task._replace(n_envs=n_envs))
     if contestant.engine == "none":
         with contextlib.closing(make_env(case, contestant, seed)) as env:
-            return {**record, "fps": environment_rate(env, min(seconds, 10.0))}
-    on_cuda = device.startswith("cuda")
-    if on_cuda:
-        th.cuda.empty_cache()
-        th.cuda.reset_peak_memory_stats()
+            return {"fps": environment_rate(env, min(seconds, 10.0))}
     model, watch = build(case, contestant, seed, device), Stopwatch(seconds)
-    try:
+    with _environments_of(model):
         model.learn(10**9, callback=watch)
-        record |= {"fps": watch.fps, "iterations": len(watch.boundaries) - 2, "host_memory_mib": peak_memory()}
-        if on_cuda:
-            record |= {"gpu_memory_mib": th.cuda.max_memory_allocated() / 2**20, **_profile(model)}
+        record = {"fps": watch.fps, "iterations": len(watch.boundaries) - 2, "host_memory_mib": peak_memory()}
+        if device.startswith("cuda"):
+            record["gpu_memory_mib"] = th.cuda.max_memory_allocated() / 2**20
         return record
+
+
+def profile_one(contestant: Contestant, n_envs: int, task: Task, device: str, seed: int = 0) -> Record:
+    """
+    Two iterations under the profiler, after two without, and one minibatch step where the engine has graphs.
+
+    The parameters are those of :func:`measure_one`.
+    """
+    model = build(Case("Breakout", ENV_ID, 0, lambda: task._replace(n_envs=n_envs)), contestant, seed, device)
+    with _environments_of(model):
+        steps = 2 * model.n_steps * model.n_envs
+        model.learn(steps)
+        busy = profiled(lambda: model.learn(steps, reset_num_timesteps=False))
+        learner = getattr(getattr(model, "_engine", None), "_learner", None)
+        record: Record = {"gpu_busy_share": busy.share}
+        return record if learner is None else {**record, "minibatch_step": minibatch_profile(learner)}
+
+
+@contextlib.contextmanager
+def _environments_of(model: OnPolicyAlgorithm) -> Iterator[None]:
+    try:
+        yield
     finally:
         model.get_env().close()  # type: ignore[union-attr]  # it has one
 
 
-def _profile(model: OnPolicyAlgorithm) -> Record:
-    """Two more iterations under the profiler, and one minibatch step where the engine has graphs."""
-    steps = 2 * model.n_steps * model.n_envs
-    busy = profiled(lambda: model.learn(steps, reset_num_timesteps=False))
-    record: Record = {"gpu_busy_share": busy.share}
-    learner = getattr(getattr(model, "_engine", None), "_learner", None)
-    return record if learner is None else {**record, "minibatch_step": minibatch_profile(learner)}
-
-
-def measure(options: argparse.Namespace, deadline: float) -> Iterator[Record]:
+def measure(options: argparse.Namespace, deadline: float, failed: Sequence[Check] = ()) -> Iterator[Record]:
     """
-    Everybody, one number of environments after the other, for as long as there is time.
+    Everybody, one number of environments after the other, for as long as there is time; then the profiles.
 
     :param options: see :func:`parse_options`
     :param deadline: ``time.monotonic()`` by which to have ended
+    :param failed: checks; whom one concerns is not timed
+    :return: each row when it has its rate, and again when it has its profile
     """
-    task, cores = load_task("atari"), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     orders = [(who, n_envs) for n_envs in options.n_envs for who in contestants(n_envs, options.backend, cores)]
+    rows: list[Record] = []
     for index, (who, n_envs) in enumerate(orders):
-        seconds = 0.6 * (deadline - time.monotonic()) / (len(orders) - index)  # the rest is for starting and profiling
-        if seconds < 2.0:
-            yield {**described(who, n_envs), "skipped": "the budget was spent"}
-            continue
-        try:
-            yield measure_one(who, n_envs, seconds, task, "cuda", options.seed)
-        except Exception as error:  # noqa: BLE001  # the others' figures must not be lost with it
-            yield {**described(who, n_envs), "skipped": f"{type(error).__name__}: {error}"}
+        rows.append(described(who, n_envs))
+        seconds = _SHARE_OF_RATES * (deadline - time.monotonic()) / (len(orders) - index)
+        reason = next(
+            (check.name for check in failed if who.engine == "cudagraph" and check.concerns("CnnPolicy", who.precision)), None
+        )
+        if reason is not None:
+            rows[-1]["skipped"] = f"a check has failed: {reason}"
+        elif seconds < 2.0:
+            rows[-1]["skipped"] = "the budget was spent"
+        else:
+            _ask(rows[-1], "skipped", {"seconds": seconds, "seed": options.seed}, who, deadline)
+        yield rows[-1]
+    for row, (who, _) in zip(rows, orders, strict=True):
+        if "fps" in row and who.engine != "none" and deadline - time.monotonic() > 10.0:
+            _ask(row, "no_profile", {"seconds": None, "seed": options.seed}, who, deadline)
+            yield row
+
+
+def _ask(row: Record, excuse: str, order: Record, who: Contestant, deadline: float) -> None:
+    """Let a process of its own fill a row; if there is no answer, the excuse is why."""
+    order = {**order, "contestant": dataclasses.asdict(who), "n_envs": row["n_envs"]}
+    answer = answer_of(start("benchmarks.gpu.measure", order), deadline - time.monotonic())
+    row |= {excuse: answer} if isinstance(answer, str) else answer
 
 
 # -------------------------------------------------------------------- reporting
@@ -189,3 +227,19 @@ def _best(rows: list[Record], like: Record, engine: str, envs: str | None = None
         if "fps" in row and (row["engine"], row["n_envs"]) == (engine, like["n_envs"]) and envs in (None, row["envs"])
     ]
     return max(rates, default=None)
+
+
+def main() -> None:
+    """Measure what the first argument asks for, and print it as JSON."""
+    order = json.loads(sys.argv[1])
+    who, task = Contestant(**order["contestant"]), load_task("atari")
+    if order["seconds"] is None:
+        print(json.dumps(profile_one(who, order["n_envs"], task, order.get("device", "cuda"), order["seed"])))
+    else:
+        print(
+            json.dumps(measure_one(who, order["n_envs"], order["seconds"], task, order.get("device", "cuda"), order["seed"]))
+        )
+
+
+if __name__ == "__main__":
+    main()

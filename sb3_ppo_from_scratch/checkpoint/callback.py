@@ -19,10 +19,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_ppo_from_scratch.checkpoint.callback_state import all_callbacks
-from sb3_ppo_from_scratch.checkpoint.files import checkpoint_files, write_checkpoint
+from sb3_ppo_from_scratch.checkpoint.files import checkpoint_files, remove_after, write_checkpoint
 from sb3_ppo_from_scratch.checkpoint.ownership import FolderLock
 from sb3_ppo_from_scratch.checkpoint.run_state import Known, capture_run, dumps
 from sb3_ppo_from_scratch.checks.arguments import check_integer
+from sb3_ppo_from_scratch.distributed import ALONE, Group, rank, rank_folder
 from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError, end_workers, explain_failure, watch_workers
 
 __all__ = ["Interrupted", "ResumableCheckpoint", "guarded_training", "has_checkpoint"]
@@ -51,10 +52,14 @@ class ResumableCheckpoint(BaseCallback):
     second one stops at once. What is in memory by then is written first: a snapshot as recent as 0.5% of the training time
     allows, so that little is lost where iterations are long. So does any error write one.
 
+    Where several processes train one agent, each writes its own part, at boundaries that rank 0 chooses: rank 1's are in
+    ``<path>-rank1``. A signal to one of them ends all.
+
     :param save_freq: timesteps (over all environments) between checkpoints, at the next boundary; ``None`` for as often as
         0.5% of the training time allows
     :param path: folder for the checkpoints, and for nothing else
-    :param keep: checkpoints to keep, at least 1; with 2 there is another one if the last is damaged
+    :param keep: checkpoints to keep, at least 1; with 2 there is another one if the last is damaged, or if not all of several
+        processes have written theirs, so that these always keep 2
     :param verbose: 1 for a line per checkpoint
     :param try_out: whether to step environments in a fork of their process, where there can be one, to see if they go on from
         a checkpoint as they would have. The fork can use none of their open files and connections; for environments that
@@ -74,7 +79,7 @@ class ResumableCheckpoint(BaseCallback):
             check_integer("save_freq", save_freq, 1)
         check_integer("keep", keep, 1)
         self.save_freq = save_freq
-        self.path = Path(path)
+        self.path = rank_folder(Path(path))
         self.keep = keep
         self.try_out = try_out
         self._written: Path | None = None
@@ -112,6 +117,8 @@ class ResumableCheckpoint(BaseCallback):
             raise ValueError(
                 f"{where} holds another run's checkpoints: continue that run with ScratchPPO.resume, or give an empty folder"
             )
+        if ours and self._group.size > 1:  # of those that not all have
+            remove_after(self.path, model.num_timesteps)
         self._owner, self._root = weakref.ref(model), root
         self._snapshot = self._known = self.signal = None
         self._saved_at = -1
@@ -128,10 +135,10 @@ class ResumableCheckpoint(BaseCallback):
         :raises Interrupted: if a signal has come, with all that was trained in a file
         """
         start = time.perf_counter()
-        asked = self.signal is not None
         cheap = start >= self._next_time
-        due = asked or self._saved_at < 0
+        due = self._saved_at < 0
         due = due or (cheap if self.save_freq is None else self.model.num_timesteps - self._saved_at >= self.save_freq)
+        cheap, due = self._agree(cheap, due)
         if due or cheap:
             self._take_snapshot()
             if due:
@@ -139,6 +146,16 @@ class ResumableCheckpoint(BaseCallback):
             end = time.perf_counter()
             self._next_time = end + (end - start) / _COST
         self._stop_if_asked()
+
+    @property
+    def _group(self) -> Group:
+        return getattr(self.model, "group", ALONE)
+
+    def _agree(self, cheap: bool, due: bool) -> tuple[bool, bool]:
+        """What rank 0 finds; and a signal to one rank is one to all."""
+        said = self._group.gather_numbers([cheap, due, self.signal or 0])
+        self.signal = int(said[:, 2].max()) or None
+        return bool(said[0, 0]), bool(said[0, 1]) or self.signal is not None
 
     def _take_snapshot(self) -> None:
         try:
@@ -160,11 +177,12 @@ class ResumableCheckpoint(BaseCallback):
             return self._written
         steps, state = self._snapshot
         try:
-            self._written = write_checkpoint(self.path, dumps(state), steps, self.keep)
+            keep = self.keep if self._group.size == 1 else max(self.keep, 2)
+            self._written = write_checkpoint(self.path, dumps(state), steps, keep)
         except OSError as error:
             self._warn(error)
         else:
-            if self.verbose >= 1:
+            if self.verbose >= 1 and rank() == 0:
                 print(f"Wrote {self._written}")
         self._saved_at = steps
         return self._written
@@ -253,7 +271,7 @@ def guarded_training(
 
 
 def _say_where(error: BaseException, file: Path | None, steps: int, num_timesteps: int) -> None:
-    if file is None:
+    if file is None or rank() > 0:
         return
     lost = num_timesteps - steps
     what = f"{lost} timesteps are lost" if lost > 0 else "nothing is lost"

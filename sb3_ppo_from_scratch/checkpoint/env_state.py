@@ -58,9 +58,11 @@ _NO_STATE = (
 )
 _ARGUMENTS = frozenset({"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "env_fns", "class_attributes"})
 _PIPES = frozenset({"remotes", "work_remotes", "processes"})
-_INFOS = frozenset({"buf_infos", "reset_infos"})  # of the last step; they may hold anything, and nothing follows from them
+_INFOS = frozenset(
+    {"buf_infos", "reset_infos", "kept_infos"}
+)  # of the last step; they may hold anything, and nothing follows from them
 _ANCHOR = (__name__, "_anchor")
-_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\.(_\w+|WatchedSubprocVecEnv)$")
+_IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\.(_\w+|Lean\w+|WatchedSubprocVecEnv)$")
 
 Key = tuple[int, str]
 """Where an object is found in a world: its level's index, and the attribute's name (empty for the level itself)."""

@@ -16,7 +16,16 @@ from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.archive import read_bytes
 from sb3_ppo_from_scratch.safe_files.unpickler import safe_loads
 
-__all__ = ["FORMAT_VERSION", "LOGS", "CorruptCheckpointError", "checkpoint_files", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LOGS",
+    "CorruptCheckpointError",
+    "checkpoint_files",
+    "intact_checkpoints",
+    "read_checkpoint",
+    "remove_after",
+    "write_checkpoint",
+]
 
 FORMAT_VERSION = 3
 """Goes up with every change that makes newer files unreadable for older versions of the package. All earlier ones are read."""
@@ -38,6 +47,35 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order in which they were written; copies under other names are none."""
     files = (path for path in folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.name) and path.is_file())
     return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
+
+
+def _steps_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def remove_after(folder: Path, num_timesteps: int) -> None:
+    """Remove checkpoints of later steps: of a future that will not be."""
+    for file in checkpoint_files(folder):
+        if _steps_of(file) > num_timesteps:
+            file.unlink(missing_ok=True)
+
+
+def intact_checkpoints(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """
+    All checkpoints of a folder that can be read, by their timesteps.
+
+    :return: the files and what they hold
+    :raises UnsafeFileError: see :func:`read_checkpoint`
+    """
+    found = {}
+    for file in checkpoint_files(folder):
+        try:
+            found[_steps_of(file)] = (file, _read_file(file))
+        except UnsafeFileError:
+            raise
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=3)
+    return found
 
 
 def write_checkpoint(folder: Path, content: bytes, num_timesteps: int, keep: int) -> Path:

@@ -31,7 +31,7 @@ from sb3_ppo_from_scratch.checkpoint.callback_state import (
     restore_callback,
     unsaved,
 )
-from sb3_ppo_from_scratch.checkpoint.files import LOGS, read_checkpoint
+from sb3_ppo_from_scratch.checkpoint.files import LOGS, CorruptCheckpointError, intact_checkpoints, read_checkpoint
 from sb3_ppo_from_scratch.checkpoint.log_state import capture_logger, is_own_folder, locate_logger, make_logger, restore_logger
 from sb3_ppo_from_scratch.checkpoint.plain_data import pack
 from sb3_ppo_from_scratch.checkpoint.replay import generators, set_generators
@@ -44,6 +44,7 @@ from sb3_ppo_from_scratch.checkpoint.vec_env_state import (
     restore_vec_env,
 )
 from sb3_ppo_from_scratch.checkpoint.whole import whole_run
+from sb3_ppo_from_scratch.distributed import ALONE, Group, group_of, n_processes, rank_folder
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named
 
 __all__ = ["Known", "Resumed", "capture_run", "dumps", "load_run"]
@@ -88,6 +89,7 @@ def capture_run(
     learn = {name: callback.locals.get(name) for name in ("total_timesteps", "log_interval", "tb_log_name")}
     return {
         "n_envs": model.n_envs,
+        "n_processes": n_processes(),
         "model": saved_model.getvalue(),
         "learn": learn,
         "num_timesteps": model.num_timesteps,
@@ -182,6 +184,7 @@ class Resumed:
             return
         model._last_obs = env.reset()  # type: ignore[assignment]  # SB3 narrows the type of VecEnvObs
         model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
+        vars(model)["_last_action_masks"] = None  # those of the new episodes are in the infos of this reset
 
     def restore_run(self, model: OnPolicyAlgorithm, callback: BaseCallback) -> None:
         """All the rest, when the callbacks are ready to go on."""
@@ -243,17 +246,21 @@ def _restore_env(env: VecEnv, state: dict[str, Any], trust: bool, fresh: bool) -
 
 def load_run(path: str | Path, algorithm: type = OnPolicyAlgorithm) -> dict[str, Any]:
     """
-    Read a checkpoint's file, or a folder's newest intact one.
+    Read a checkpoint's file, or a folder's newest intact one; where several processes train one agent, each reads its own part
+    of the newest that all of them hold.
 
     :param algorithm: the class that goes on
 
     :return: what :func:`capture_run` returned, and the checkpoints' folder as ``here``
     :raises FileNotFoundError: if there is none
-    :raises ValueError: if it is damaged, or of an unknown format
+    :raises ValueError: if it is damaged, of an unknown format, or of another number of processes
     """
-    state = read_checkpoint(path)
+    group = group_of(data_parallel=True)
+    state = read_checkpoint(path) if group is ALONE else _read_part(Path(path), group)
     with errors_named(str(path), "there is no way to read it"):
         state = whole_run(state)
+    if state["n_processes"] != group.size:
+        raise ValueError(_of_others(path, state["n_processes"], group.size))
     if state["problems"]:
         warnings.warn(
             f"this resume is not bit-exact: environments start new episodes, for their state could not be saved "
@@ -266,7 +273,32 @@ def load_run(path: str | Path, algorithm: type = OnPolicyAlgorithm) -> dict[str,
     if differences := [f"{name} {here.get(name)} instead of {there[name]}" for name in there if there[name] != here.get(name)]:
         warnings.warn(f"this resume may not be bit-exact, with {', '.join(differences)}", stacklevel=3)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return {**state, "here": folder.resolve()}
+    return {**state, "here": rank_folder(folder.resolve())}
+
+
+def _read_part(path: Path, group: Group) -> dict[str, Any]:
+    """What this rank has of a run's newest checkpoint, or of one that a file of rank 0 names."""
+    is_file = path.is_file()
+    parts = intact_checkpoints(rank_folder(path.parent if is_file else path))
+    mine = {steps: state.get("n_processes", 1) for steps, (file, state) in parts.items()}
+    named = int(path.name.split("-")[1]) if is_file else None
+    theirs = group.gather(mine)
+    others = {n for parts_of_rank in theirs for n in parts_of_rank.values()} - {group.size}
+    if others:
+        raise ValueError(_of_others(path, others.pop(), group.size))
+    common = set.intersection(*map(set, theirs)) & ({named} if is_file else set(mine))
+    if not any(theirs):
+        raise FileNotFoundError(f"path={str(path)!r} holds no checkpoint")
+    if not common:
+        raise CorruptCheckpointError(f"path={str(path)!r} holds no checkpoint that all {group.size} processes have a part of")
+    return parts[max(common)][1]
+
+
+def _of_others(path: str | Path, then: int, now: int) -> str:
+    return (
+        f"path={str(path)!r} is of a run of {then} processes, which goes on in as many (torchrun --nproc_per_node {then}), "
+        f"not in {now}"
+    )
 
 
 def dumps(state: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ __all__ = ["whole_run"]
 
 _PARTS: dict[str, type | UnionType] = {
     "n_envs": int,
+    "n_processes": int,
     "model": bytes,
     "learn": dict,
     "elapsed": int,
@@ -38,7 +39,7 @@ def whole_run(state: dict[str, Any]) -> dict[str, Any]:
     :param state: of a file, perhaps of the first format, which knew less
     :raises ValueError: if something is missing, or not of its kind
     """
-    state = {"num_timesteps": None, "folder": None, "doubts": [], **state}
+    state = {"n_processes": 1, "num_timesteps": None, "folder": None, "doubts": [], **state}
     if isinstance(state.get("env"), dict):
         state["env"] = {**_UNKNOWN, **state["env"]}
     if isinstance(state.get("callbacks"), list):

@@ -21,6 +21,8 @@ from sb3_ppo_from_scratch.checks.arguments import (
     check_scheduled,
 )
 from sb3_ppo_from_scratch.checks.finite import NAN_POLICIES
+from sb3_ppo_from_scratch.distributions import choices
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.recurrent import check_recurrent_arguments, is_recurrent
 
 __all__ = ["check_hyperparameters", "check_rollout_size"]
@@ -44,16 +46,10 @@ def check_hyperparameters(model: Any) -> None:
     buffer_class = model.rollout_buffer_class
     if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
-    if buffer_class is not None and is_recurrent(model.policy_class) and not _keeps_memory(buffer_class):
-        raise ValueError(
-            "rollout_buffer_class must be a subclass of ScratchRolloutBuffer, or None, for a recurrent policy, which learns "
-            f"from sequences and what was remembered before them, not {buffer_class.__name__}"
-        )
-
-
-def _keeps_memory(buffer_class: type[RolloutBuffer]) -> bool:
-    """Whether it does, or ours takes its place."""
-    return is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)
+    if takes_masks(model.policy_class):
+        _check_maskable(model, model._policy_name)
+    if is_recurrent(model.policy_class):
+        _check_recurrent(model)
 
 
 def _check_spaces(model: Any) -> None:
@@ -62,11 +58,42 @@ def _check_spaces(model: Any) -> None:
     name = model._policy_name
     if "features_extractor_class" not in model.policy_kwargs and model.policy_class in model._named_policies:
         check_readable(name, "MultiInput" in name, model.observation_space)
-    if is_recurrent(model.policy_class):
-        check_recurrent_arguments(model.policy_kwargs)
     if model.policy_kwargs.get("squash_output") and not model.use_sde:
         raise ValueError("policy_kwargs={'squash_output': True} needs use_sde=True: only gSDE's distribution can squash")
     check_nan_observations(model.nan_observations, model.observation_space)
+
+
+def _check_recurrent(model: Any) -> None:
+    """:raises ValueError: for networks that cannot be, and for a buffer that would lose what is remembered"""
+    check_recurrent_arguments(model.policy_kwargs)
+    if not _keeps_extras(model.rollout_buffer_class):
+        raise ValueError(
+            f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {model._policy_name}, for what is "
+            f"remembered is to be kept, not {model.rollout_buffer_class.__name__}"
+        )
+
+
+def _keeps_extras(buffer_class: type[RolloutBuffer] | None) -> bool:
+    """Whether it does, or ours takes its place."""
+    return buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)
+
+
+def _check_maskable(model: Any, name: str) -> None:
+    """
+    :param name: the policy's
+    :raises ValueError: for actions that cannot be masked, and for what would lose the masks
+    """
+    if model.use_sde:
+        raise ValueError(f"use_sde must be False for {name}, not True: gSDE is for Box actions, which cannot be masked")
+    try:
+        choices(model.action_space)
+    except ValueError as error:
+        raise ValueError(f"policy {name!r} does not fit the action space: {error}") from error
+    if not _keeps_extras(model.rollout_buffer_class):
+        raise ValueError(
+            f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {name}, for masks are to be kept, not "
+            f"{model.rollout_buffer_class.__name__}"
+        )
 
 
 def _check_numbers(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -60,6 +60,8 @@ class Engine(ABC):
     """What ``precision`` may be."""
     defers: ClassVar[bool] = False
     """Whether :meth:`sample_actions` in each step and one :meth:`complete` for many do what :meth:`act` does, for less."""
+    shares_minibatches: ClassVar[bool] = False
+    """Whether several processes may share a minibatch: its learner fills, clips and steps along the parameters' ``grad``."""
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         self.policy = policy
@@ -101,22 +103,25 @@ class Engine(ABC):
         """Called when training ends: parameters and the optimizer's state go back to where they were."""
 
     @abstractmethod
-    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         """
         Sample one action per environment.
 
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
+        :param action_masks: ``[n_envs, n_choices]``, bool, which actions are allowed, for a policy that takes masks; ``None``
+            for all. An engine that cannot mask refuses such policies.
         :param memory: of a recurrent policy, before the step
         :raises NonFiniteError: if the policy's probabilities are NaN
         """
 
-    def sample_actions(self, obs: np.ndarray) -> np.ndarray:
+    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
         """
-        :meth:`act` where nobody looks at a step: the same actions from the same random numbers, and nothing else.
+        :meth:`act` where nobody looks at a step: the same actions, to the last bit, by the same random numbers, and no more.
 
-        Only of engines that :attr:`defers`. The policy stays as it is until :meth:`complete` has been called.
+        Only of engines that :attr:`defers`. The weights that it began with count until :meth:`begin_rollout`.
 
         :param obs: ``[n_envs, *obs_shape]``, as the environments made them
+        :param action_masks: as :meth:`act` takes them; the buffer keeps them in its extras
         :return: ``[n_envs, *action_shape]``
         :raises NonFiniteError: if the policy's probabilities are NaN
         """
@@ -124,10 +129,21 @@ class Engine(ABC):
 
     def complete(self, buffer: ScratchRolloutBuffer) -> None:  # noqa: B027  # nothing is left to do after act
         """
-        Bring the values, log-probabilities and distribution parameters of the steps that :meth:`sample_actions` acted in.
+        Bring the values, log-probabilities and distribution parameters of many steps at once.
+
+        Steps that :meth:`act` acted in get them, too, where the engine :attr:`defers`: so a run has the same bits whether
+        somebody looks at its steps or not.
 
         :param buffer: where :attr:`~.buffer.ScratchRolloutBuffer.unrated` says which steps these are, for its ``rate``
         """
+
+    def is_as_acted(self) -> bool:
+        """Whether the weights are still those of the last steps; asked after each call of a user's callback."""
+        return True
+
+    def as_acted(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those of the last steps, whatever has become of them since."""
+        return nullcontext()
 
     @abstractmethod
     def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:

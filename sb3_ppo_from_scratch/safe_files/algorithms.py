@@ -13,9 +13,9 @@ from sb3_ppo_from_scratch.safe_files.archive import read_archive
 
 __all__ = ["errors_name_the_algorithm", "warn_of_defaults"]
 
-_NAMES = {"td3": "TD3 or DDPG", "dqn": "DQN", "crossq": "CrossQ", "maskable": "MaskablePPO"}
+_NAMES = {"td3": "TD3 or DDPG", "dqn": "DQN", "crossq": "CrossQ"}
 """By the part of SB3's or sb3-contrib's names of modules that the policy stands in; others are in capitals."""
-_OURS = ("recurrent",)
+_OURS = ("maskable", "recurrent")
 """Parts of such names whose policies are for PPO alone."""
 _FIELDS = {"cg_max_steps": "TRPO", "replay_buffer_class": "an off-policy algorithm"}
 """A field that no PPO has, and whose it is."""

@@ -26,7 +26,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import FloatSchedule
@@ -208,14 +208,17 @@ _NUMBERS = ("start_time", "_current_progress_remaining", "gamma", "gae_lambda", 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_INTEGERS, (_is_integer, "an integer of 64 bits")),
     **dict.fromkeys(_NUMBERS, (is_number, "a number")),
-    **dict.fromkeys(("use_sde", "normalize_advantage"), (_is_flag, "True or False")),
+    **dict.fromkeys(("use_sde", "normalize_advantage", "use_masking"), (_is_flag, "True or False")),
     **dict.fromkeys(("engine", "precision", "nan_policy"), (_is_text, "a name")),
-    "policy_class": (lambda value: _is_subclass(value, ActorCriticPolicy), "a subclass of ActorCriticPolicy"),
+    "policy_class": (lambda value: _is_subclass(value, BasePolicy), "a subclass of BasePolicy"),
     "rollout_buffer_class": (lambda value: _is_subclass(value, RolloutBuffer), "a subclass of RolloutBuffer"),
     **dict.fromkeys(("policy_kwargs", "rollout_buffer_kwargs"), (lambda value: isinstance(value, dict), "a dict")),
     **dict.fromkeys(_RECORDS, (lambda value: isinstance(value, deque | list), "a list")),
     **dict.fromkeys(("_last_obs", "_last_original_obs"), (_is_observation, "an array, or a dict of arrays")),
-    **dict.fromkeys(("_last_episode_starts", "_last_memory"), (lambda value: isinstance(value, np.ndarray), "an array")),
+    **dict.fromkeys(
+        ("_last_episode_starts", "_last_action_masks", "_last_memory"),
+        (lambda value: isinstance(value, np.ndarray), "an array"),
+    ),
     "action_noise": (lambda value: False, "None"),
     "tensorboard_log": (lambda value: _is_text(value) or isinstance(value, pathlib.PurePath), "a path"),
 }

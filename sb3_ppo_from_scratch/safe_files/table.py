@@ -63,6 +63,9 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("stable_baselines3.common.policies",
             ("ActorCriticPolicy", "ActorCriticCnnPolicy", "MultiInputActorCriticPolicy"), NAMED, "policy_class"),
     Allowed("sb3_ppo_from_scratch.policies", ("SharedMlpPolicy",), NAMED, "policy_class"),
+    Allowed("sb3_contrib.common.maskable.policies",
+            ("MaskableActorCriticPolicy", "MaskableActorCriticCnnPolicy", "MaskableMultiInputActorCriticPolicy"), NAMED,
+            "policy_class"),
     Allowed("sb3_contrib.common.recurrent.policies",
             ("RecurrentActorCriticPolicy", "RecurrentActorCriticCnnPolicy", "RecurrentMultiInputActorCriticPolicy"), NAMED,
             "policy_class"),
@@ -74,6 +77,8 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("stable_baselines3.common.sb2_compat.rmsprop_tf_like", ("RMSpropTFLike",), NAMED,
             "policy_kwargs: optimizer_class"),
     Allowed("stable_baselines3.common.buffers", ("RolloutBuffer", "DictRolloutBuffer"), NAMED, "rollout_buffer_class"),
+    Allowed("sb3_contrib.common.maskable.buffers", ("MaskableRolloutBuffer", "MaskableDictRolloutBuffer"), NAMED,
+            "rollout_buffer_class of MaskablePPO"),
     Allowed("sb3_ppo_from_scratch.buffer", ("ScratchRolloutBuffer",), NAMED, "rollout_buffer_class"),
     Allowed("sb3_ppo_from_scratch.engines.cudagraph.device_buffer", ("DeviceRolloutBuffer",), NAMED, "rollout_buffer_class"),
     # spaces, schedules, statistics

@@ -77,6 +77,8 @@ class LeanDummyVecEnv(DummyVecEnv):
         super()._save_obs(env_idx, obs)
 
     def _obs_from_buf(self) -> VecEnvObs:
+        if self.keys == [None]:
+            return self.buf_obs[None].copy()  # type: ignore[index]  # SB3's types: always a string
         copies = OrderedDict((key, place.copy()) for key, place in self.buf_obs.items())
         return dict_to_obs(self.observation_space, copies)
 
@@ -121,6 +123,12 @@ class LeanVecNormalize(VecNormalize):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (VecNormalize,), self.__getstate__()  # it opens where this package is not installed
+
+    def save(self, save_path: str) -> None:
+        """As SB3's own class, which every reader knows."""
+        plain = object.__new__(VecNormalize)
+        plain.__dict__.update(self.__dict__)
+        plain.save(save_path)
 
     def step_wait(self) -> VecEnvStepReturn:
         """As SB3 does it, in the same order: observations first, then rewards, then final observations."""

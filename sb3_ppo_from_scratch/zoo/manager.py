@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
+import numpy as np
 import optuna
 import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3 import ALGOS, exp_manager
 from rl_zoo3 import train as zoo_train
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_from_scratch.checkpoint import ResumableCheckpoint, has_checkpoint
+from sb3_ppo_from_scratch.distributed import group_of, n_processes
 from sb3_ppo_from_scratch.ppo import ScratchPPO
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, make_native_atari_env
 from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError
@@ -46,6 +51,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "",
         "help": "for ScratchPPO: folder of an interrupted run, to go on with the same bits; repeat the command that began it",
     },
+    "--data-parallel": {
+        "action": "store_true",
+        "help": "for ScratchPPO: one agent in all processes that torchrun has started, which share n_envs and batch_size",
+    },
 }
 """``train``'s options that are ours, or more than the zoo's of that name."""
 
@@ -64,6 +73,7 @@ _DECISIVE = {
     "n_eval_envs": "--n-eval-envs",
     "save_freq": "--save-freq",
     "log_interval": "--log-interval",
+    "data_parallel": "--data-parallel",
 }
 """Options that must be those of the command that began a run, or be left out of one that resumes it."""
 
@@ -89,7 +99,19 @@ class _TrainParser(argparse.ArgumentParser):
             given = super().parse_args(args, argparse.Namespace(**dict.fromkeys(_DECISIVE, unset)))
             options = {name: value for name, value in vars(given).items() if name in _DECISIVE and value is not unset}
             vars(parsed).update(_begun_with(parsed, options))
+        if parsed.data_parallel:
+            _agree(parsed)
         return parsed
+
+
+def _agree(args: argparse.Namespace) -> None:
+    """Of several processes, all have the seed of rank 0, if that is to be a random one, and only rank 0 prints."""
+    group = group_of(data_parallel=True)
+    if args.seed < 0:
+        args.seed = group.gather(int(np.random.randint(2**32 - 1, dtype="int64")))[0]
+    if group.rank > 0:
+        args.verbose, args.progress, args.track = 0, False, False
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as there is the process
 
 
 def _begun_with(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +156,7 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
     def __init__(self, args: argparse.Namespace, *more: Any, **kwargs: Any):
         kind = kwargs.get("vec_env_type")
         self._native = kind if kind in _NATIVE else None
+        self._data_parallel, self._group = args.data_parallel, group_of(args.data_parallel)
         super().__init__(args, *more, **(kwargs | {"vec_env_type": "dummy"} if self._native else kwargs))
         self._atari_options: dict[str, Any] = {}
         self._lock = threading.RLock()  # --n-jobs searches in threads
@@ -142,6 +165,7 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
         self._check_is_ours(args)
         if self._resume:
             self._go_on_in(Path(args.resume))
+        self.save_path, self.params_path = self._group.gather((self.save_path, self.params_path))[0]
 
     def _check_is_ours(self, args: argparse.Namespace) -> None:
         if not issubclass(ALGOS[self.algo], ScratchPPO):
@@ -152,8 +176,16 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
                 )
             if self._resume or self._checkpoint_freq >= 0:
                 raise ValueError(f"--resume and --checkpoint-freq are for --algo scratch_ppo, not {self.algo}")
+            if self._data_parallel:
+                raise ValueError(f"--data-parallel is for --algo scratch_ppo, not {self.algo}")
         if self._resume and (self.optimize_hyperparameters or args.trained_agent):
             raise ValueError("--resume goes with neither -optimize nor -i")
+        if self._data_parallel and self.optimize_hyperparameters:
+            raise ValueError("--data-parallel does not go with -optimize")
+        if n_processes() > 1 and not self._data_parallel:
+            raise ValueError(
+                f"--data-parallel is missing: without it, the {n_processes()} processes would overwrite each other's files"
+            )
 
     # ------------------------------------------------------- native environments
 
@@ -166,6 +198,12 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
                 self._atari_options["n_stack"] = self.frame_stack or 1
                 self.frame_stack = None
             env_wrapper = None
+        if self._data_parallel:
+            processed["data_parallel"] = True
+            if self.n_envs % self._group.size != 0:
+                raise ValueError(
+                    f"n_envs must be a multiple of the number of processes, {self._group.size}, not {self.n_envs}"
+                )
         return processed, env_wrapper, callbacks, vec_env_wrapper
 
     def _check_is_served(self, wrappers: list[Any]) -> None:
@@ -187,7 +225,15 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
             raise ValueError(f"Gymnasium has no native vector environment for {self.env_name.gym_id}; use --vec-env dummy")
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """As the zoo does, from native environments if asked for."""
+        """As the zoo does, from native environments if asked for; of several processes, each makes its share."""
+        if self._group.size == 1 or eval_env:
+            return self._create_envs(n_envs, eval_env, no_log)
+        n_envs //= self._group.size
+        ours = partial(make_vec_env, start_index=self._group.rank * n_envs)  # in the names of monitors' files
+        with patch.object(exp_manager, "make_vec_env", ours):
+            return self._create_envs(n_envs, eval_env, no_log)
+
+    def _create_envs(self, n_envs: int, eval_env: bool, no_log: bool) -> VecEnv:
         if self._native is None:
             return super().create_envs(n_envs, eval_env, no_log)
         with self._lock:
@@ -197,7 +243,7 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
 
     def _make_native(self, eval_env: bool, no_log: bool, env_fns: list[Callable[[], gym.Env]]) -> NativeVecEnv:
         env_id, n_envs = self.env_name.gym_id, len(env_fns)
-        filename = None if eval_env or no_log else os.path.join(self.save_path, "0")
+        filename = None if eval_env or no_log else os.path.join(self.save_path, str(self._group.rank))
         if self._is_atari:
             return make_native_atari_env(
                 env_id, n_envs, backend=_NATIVE[str(self._native)], filename=filename, **self._atari_options
@@ -231,11 +277,13 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
         return hyperparams, saved
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        if not self._resume:  # what a run was begun with is what it goes on with
+        if not self._resume and self._group.rank == 0:  # what a run was begun with is what it goes on with
             super()._save_config(saved_hyperparams)
 
     def create_callbacks(self) -> None:
-        """The zoo's, and one for checkpoints if they are asked for."""
+        """The zoo's, and one for checkpoints if they are asked for. Of several processes, the first saves and evaluates."""
+        if self._group.rank > 0:
+            self.save_freq = self.eval_freq = -1
         super().create_callbacks()
         if self._resume or self._checkpoint_freq >= 0:
             frequency = self._checkpoint_freq if self._checkpoint_freq > 0 else None
@@ -254,6 +302,11 @@ class ScratchExperimentManager(exp_manager.ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """As the zoo does, or what is left of it."""
         super().learn(_Continued(model) if self._resume else model)  # type: ignore[arg-type]  # it has what is used
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """As the zoo does, by the first of several processes."""
+        if self._group.rank == 0:
+            super().save_trained_model(model)
 
     # ------------------------------------------------------- search
 

@@ -9,8 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_from_scratch.evaluation import WithMasks
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.ppo import ScratchPPO
 from sb3_ppo_from_scratch.vec_env.failures import WatchedSubprocVecEnv
+from sb3_ppo_from_scratch.vec_env.masks import keep_infos
 from sb3_ppo_from_scratch.zoo.registration import ALGO
 
 __all__ = ["INSTALL", "mend", "register_in_children", "trust_files"]
@@ -22,6 +27,8 @@ _COMMAND = [sys.executable, "-m", "sb3_ppo_from_scratch.zoo"]
 def mend(script: str) -> None:
     """Whatever one of the zoo's scripts needs; to be called before it is run."""
     _watch_processes()
+    if script in ("enjoy", "record_video", "push_to_hub"):
+        _play_with_masks()
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
     if script == "push_to_hub":
@@ -57,6 +64,26 @@ def register_in_children(flags: list[str]) -> None:
         return call(command, *args, **kwargs)
 
     subprocess.call = call_ours  # type: ignore[assignment]  # the zoo passes a list, and nothing else
+
+
+def _play_with_masks() -> None:
+    """These scripts make the environments, load the model, and show it nothing but observations."""
+    import rl_zoo3
+    from rl_zoo3 import utils
+
+    create, load = utils.create_test_env, ScratchPPO.load
+    made: list[VecEnv] = []
+
+    def create_test_env(*args: Any, **kwargs: Any) -> VecEnv:
+        made.append(keep_infos(create(*args, **kwargs)))
+        return made[-1]
+
+    def load_to_play(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        return WithMasks(model, made[-1]) if takes_masks(type(model.policy)) and model.use_masking else model
+
+    utils.create_test_env = rl_zoo3.create_test_env = create_test_env
+    ScratchPPO.load = load_to_play  # type: ignore[method-assign]  # the zoo's scripts call nothing else
 
 
 def _expect_missing_hub_files() -> None:

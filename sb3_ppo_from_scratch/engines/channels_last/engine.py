@@ -30,11 +30,13 @@ from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ou
 from sb3_ppo_from_scratch.engines.adam import fused_adam
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.reference.engine import HeadsEngine, Minibatches
+from sb3_ppo_from_scratch.policies import MASKABLE, imported
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["ChannelsLastEngine", "OneDnnLinear", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
+_MASKABLE = [MASKABLE[name] for name in ("MaskableMlpPolicy", "MaskableCnnPolicy")]
 _CONVOLUTIONS = [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Flatten]
 
 
@@ -115,7 +117,7 @@ def has_bf16_instructions() -> bool:
 
 class ChannelsLastEngine(HeadsEngine):
     """
-    ``CnnPolicy`` with SB3's ``NatureCNN`` and any action space, on CPU, with Adam or AdamW.
+    ``CnnPolicy`` and ``MaskableCnnPolicy`` with SB3's ``NatureCNN`` and any action space, on CPU, with Adam or AdamW.
 
     Equal to the reference up to rounding. With ``precision="bf16"`` the features extractor multiplies bfloat16 numbers, in
     rollouts and updates alike; its parameters, the heads, the loss and the optimizer remain float32.
@@ -132,8 +134,8 @@ class ChannelsLastEngine(HeadsEngine):
     @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         # it computes the features in its own way; the rest of the policy may be anything
-        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy):
-            return f"the policy must be SB3's CnnPolicy, not {type(policy).__name__}"
+        if type(policy) not in (ActorCriticPolicy, ActorCriticCnnPolicy, *map(imported, _MASKABLE)):
+            return f"the policy must be CnnPolicy or MaskableCnnPolicy, not {type(policy).__name__}"
         if name := replaced_method(policy):
             return f"the policy's {name} was replaced"
         if has_hooks(policy):

@@ -17,12 +17,13 @@ Graphs" (2021).
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch as th
 
-__all__ = ["Captured", "unchanged_generator"]
+__all__ = ["Captured", "sync_debug_mode", "unchanged_generator"]
 
 _REHEARSALS = 3
 """Runs before the recording, as many as torch's documentation asks for: libraries choose algorithms and allocate memory."""
@@ -59,33 +60,58 @@ class Captured:
         Rehearse and record. A rehearsal is a call of the function: static tensors that it changes are the caller's to put
         back, or to protect; random generators are put back here. Off CUDA there are rehearsals all the same.
 
-        If the function cannot be recorded it is called as it is from now on, with a warning that says why.
-        """
-        with unchanged_generator(self.device):
-            if self.device.type != "cuda":
-                self.function()
-                return
-            with th.cuda.device(self.device):
-                try:
-                    self._record()
-                except RuntimeError as error:
-                    self._graph, self.reason = None, str(error).partition("\n")[0]
-                    warnings.warn(f"no CUDA graph, so this run is slower: {self.reason}", RuntimeWarning, stacklevel=3)
+        A function that fails in a rehearsal is called as it is from now on, with a warning that says why.
 
-    def _record(self) -> None:
-        """On a stream of its own, as a recording must be; so are the rehearsals, for autograd remembers streams."""
-        stream, current = th.cuda.Stream(), th.cuda.current_stream()
+        :raises RuntimeError: if only the recording fails, after which torch draws no more random numbers on the device
+        """
+        if self.device.type != "cuda":
+            with unchanged_generator(self.device):
+                self.function()
+            return
+        with th.cuda.device(self.device), _best_convolutions():
+            stream = (
+                th.cuda.Stream()
+            )  # of its own, as a recording's must be; autograd remembers streams, so rehearse there too
+            try:
+                with unchanged_generator(self.device):
+                    self._rehearse(stream)
+            except RuntimeError as error:
+                self.reason = str(error).partition("\n")[0]
+                warnings.warn(f"no CUDA graph, so this run is slower: {self.reason}", RuntimeWarning, stacklevel=3)
+                return
+            try:
+                self._record(stream)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "a CUDA graph could not be recorded, though the same function has run before; CUDA's random generator is "
+                    f"lost with it, so begin a new process, with engine='torch' perhaps: {error}"
+                ) from error
+
+    def _rehearse(self, stream: th.cuda.Stream) -> None:
+        current = th.cuda.current_stream()
         stream.wait_stream(current)
-        with th.cuda.stream(stream):
-            for _ in range(_REHEARSALS - 1):
-                self.function()
-            with _no_waiting():  # a wait is an error here that leaves everything sound; in a recording it would not
-                self.function()
-        current.wait_stream(stream)
+        try:
+            with th.cuda.stream(stream):
+                for _ in range(_REHEARSALS - 1):
+                    self.function()
+                with sync_debug_mode("error"):  # a wait is an error here that leaves all sound; in a recording it would not
+                    self.function()
+        finally:
+            current.wait_stream(stream)
+
+    def _record(self, stream: th.cuda.Stream) -> None:
         graph = th.cuda.CUDAGraph()
-        # each graph has a pool of memory of its own: they are recorded anew one by one, and what they keep is small
-        with th.cuda.graph(graph, stream=stream):
-            self.function()
+        gc.collect()  # what is freed in the middle of a recording could end it
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            # Each graph has a pool of memory of its own: they are recorded anew one by one, and what they keep is small. What
+            # other threads do meanwhile, such as those of environments, is none of its business.
+            with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.function()
+        finally:
+            if was_enabled:
+                gc.enable()
         self._graph = graph
 
     def __call__(self) -> None:
@@ -97,11 +123,32 @@ class Captured:
 
 
 @contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises a ``RuntimeError``."""
+def sync_debug_mode(mode: str) -> Iterator[None]:
+    """
+    Torch's own watch over calls that make the host wait for the device.
+
+    :param mode: ``"error"`` raises a ``RuntimeError`` for each; ``"warn"`` warns
+    """
     before = th.cuda.get_sync_debug_mode()
-    th.cuda.set_sync_debug_mode("error")
+    _set_sync_debug_mode(mode)
     try:
         yield
     finally:
-        th.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode is a prototype")
+        th.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def _best_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms and take the fastest, unless it is to be deterministic, as SB3 has it with a seed."""
+    cudnn = th.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, cudnn.benchmark or not cudnn.deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before

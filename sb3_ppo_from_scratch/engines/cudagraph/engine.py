@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
@@ -35,12 +36,15 @@ class CudaGraphEngine(HeadsEngine):
     SB3's policies and ``SharedMlpPolicy`` on a CUDA device, with Adam or AdamW, without gSDE.
 
     Equal to the reference up to rounding. A ``NatureCNN`` gets channels-last frames; with ``precision="bf16"`` it multiplies
-    bfloat16 numbers, while its parameters, the heads, the loss and the optimizer remain float32.
+    bfloat16 numbers, while its parameters, the heads, the loss and the optimizer remain float32. With ``precision="tf32"`` all
+    products round their factors to TensorFloat-32, which has 11 bits; with ``"fp32"`` torch's own settings hold, by which only
+    convolutions do.
     """
 
     name = "cudagraph"
+    shares_minibatches = False
     buffer_class = DeviceRolloutBuffer
-    precisions = ("fp32", "bf16")
+    precisions = ("fp32", "tf32", "bf16")
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         super().__init__(policy, precision, loss)
@@ -78,19 +82,30 @@ class CudaGraphEngine(HeadsEngine):
             self._player, self._addresses = None, addresses
 
     @override
-    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         """Values and the rest stay on the device."""
-        if self._player is None or not self._player.fits(obs):
-            self._player = Player(self.heads, obs, self.policy.action_space)
-        return self._player.act(obs)
+        with self._products():
+            if self._player is None or not self._player.fits(obs):
+                self._player = Player(self.heads, obs, self.policy.action_space)
+            return self._player.act(obs)
+
+    @override
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
+        with self._products():
+            return super().predict_values(obs)
 
     @override
     @contextmanager
     def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[Any]]:
+        with self._products(), self._learning(buffer, config) as learner:
+            yield learner
+
+    @contextmanager
+    def _learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[Any]]:
         if not (is_ours(buffer) and isinstance(buffer, DeviceRolloutBuffer)):
             self._warn(f"updates from a {type(buffer).__name__} are the reference engine's; DeviceRolloutBuffer is faster")
-            with super().learning(buffer, config) as learner:
-                yield learner
+            with super().learning(buffer, config) as by_torch:
+                yield by_torch
             return
         if self._learner is None or self._learner.key != GraphLearner.key_of(self.policy, buffer, config):
             self._learner = None
@@ -98,6 +113,10 @@ class CudaGraphEngine(HeadsEngine):
             self._learner = GraphLearner(self.policy, self.heads, buffer, config)
         with self._learner.replayed(config) as update:
             yield update
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Around whatever multiplies; a graph's products are as they were when it was recorded."""
+        return tensor_float_32() if self.precision == "tf32" else nullcontext()
 
     def _warn(self, message: str) -> None:
         if not self._has_warned:
@@ -124,6 +143,19 @@ class CudaGraphEngine(HeadsEngine):
         if policy.share_features_extractor:
             return policy.mlp_extractor(features)
         return policy.mlp_extractor.forward_actor(features[0]), policy.mlp_extractor.forward_critic(features[1])
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Within it, products of float32 matrices and convolutions on a GPU may take TensorFloat-32."""
+    products, convolutions = th.get_float32_matmul_precision(), th.backends.cudnn.allow_tf32
+    th.set_float32_matmul_precision("high")
+    th.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        th.set_float32_matmul_precision(products)
+        th.backends.cudnn.allow_tf32 = convolutions
 
 
 def _has_nature(policy: ActorCriticPolicy) -> bool:

@@ -10,10 +10,9 @@ is read at the end, and is the one thing that the host waits for.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -28,15 +27,14 @@ from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.transfer import Upload
 from sb3_ppo_from_scratch.engines.inspection import parts_of_the_loss
+from sb3_ppo_from_scratch.engines.replayed import MEASURED, ReplayedLearner, ReplayedMinibatch
 from sb3_ppo_from_scratch.losses import PPOLoss, weighted_mean
-from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, minibatch_loss
+from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, minibatch_loss
 
 __all__ = ["GraphLearner", "ReplayedUpdate", "draw_plan"]
 
 _COEFFICIENTS = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm", "kl_limit", "raises")
 _NUMBERS = ("advantages", "returns", "old_values", "old_log_prob")
-_MEASURED = (*PPOLoss._fields, "grad_norm", "kl", "stepped")
-"""Columns of the log, one row per minibatch."""
 
 
 def draw_plan(rows: np.ndarray, width: int, n_epochs: int) -> tuple[np.ndarray, list[Any]]:
@@ -62,23 +60,11 @@ def draw_plan(rows: np.ndarray, width: int, n_epochs: int) -> tuple[np.ndarray, 
     return plan.reshape(-1, width + 1), states
 
 
-class _Row(NamedTuple):
-    """What was measured on one minibatch."""
-
-    loss: PPOLoss
-    grad_norm: float
-    kl: float
-    """exact, in nats; NaN if the old distribution is not known"""
-    stepped: float
-
-
-class ReplayedUpdate(Learner[_Row]):
+class ReplayedUpdate(ReplayedLearner):
     """
-    An update that has been done already, for the loop to read: its minibatches are the rows of the log.
+    An update that has been done already: its minibatches are the rows of the log.
 
-    The loop then notes, stops and raises where it would have, had it been there.
-
-    :param log: ``[n_minibatches, len(_MEASURED)]``, float32
+    :param log: ``[n_minibatches, len(MEASURED)]``, float32
     :param per_epoch: minibatches per epoch
     """
 
@@ -86,30 +72,12 @@ class ReplayedUpdate(Learner[_Row]):
         self.epochs = 0
         """How many have been read."""
         self._log, self._per_epoch = log, per_epoch
-        self._norm = math.nan
 
     @override
-    def minibatches(self) -> Iterable[_Row]:
+    def minibatches(self) -> Iterable[ReplayedMinibatch]:
         first = self.epochs * self._per_epoch
         self.epochs += 1
-        return [_Row(PPOLoss(*row[:6]), *row[6:]) for row in self._log[first : first + self._per_epoch]]
-
-    @override
-    def gradient(self, batch: _Row) -> Gradient:
-        self._norm = batch.grad_norm
-        return Gradient(batch.loss, lambda: None, None if math.isnan(batch.kl) else batch.kl)
-
-    @override
-    def clip_gradient(self) -> float:
-        return self._norm
-
-    @override
-    def step(self) -> None:
-        """It has been taken."""
-
-    @override
-    def mean_kl(self, kl_terms: Sequence[float]) -> float | None:
-        return float(np.mean(kl_terms)) if kl_terms else None
+        return [ReplayedMinibatch.of(row) for row in self._log[first : first + self._per_epoch]]
 
 
 class GraphLearner:
@@ -141,7 +109,7 @@ class GraphLearner:
         self._config = dataclasses.replace(config, **on_device)
         self.index = th.zeros(1, dtype=th.int64, device=device)
         self.stopped = th.zeros((), dtype=th.bool, device=device)
-        self.log = th.zeros((capacity, len(_MEASURED)), device=device)
+        self.log = th.zeros((capacity, len(MEASURED)), device=device)
         self.positions = th.arange(self.width, device=device)
         # one vector, which is what several GPUs would have to add up
         self.gradient = th.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=device)
@@ -168,9 +136,9 @@ class GraphLearner:
         """The part that a CUDA graph holds: gather, gradient, clip, Adam, log. It takes its own number from :attr:`index`."""
         plan = self.plan.tensor.index_select(0, self.index)[0]
         batch = self.data.take(plan[:-1], channels_last=True)
-        with UncheckedDistributions():
+        with UncheckedDistributions(), fresh_leaves(self.policy) as leaves:
             loss, kl = self._loss(batch, plan[-1])
-        gradients = th.autograd.grad(loss.total, self.parameters)
+            gradients = th.autograd.grad(loss.total, leaves)
         with th.no_grad():
             th.cat([gradient.reshape(-1) for gradient in gradients], out=self.gradient)
             # as torch's clip_grad_norm_ takes it; of the vector at once float32 would lose a digit more
@@ -285,6 +253,30 @@ class GraphLearner:
             state["step"] += n_steps
             if n_steps == 0 and state["step"] == 0:
                 del self.policy.optimizer.state[parameter]
+
+
+@contextmanager
+def fresh_leaves(policy: ActorCriticPolicy) -> Iterator[list[th.Tensor]]:
+    """
+    Within it, the policy computes with leaves of autograd that nobody has used before, in its parameters' memory.
+
+    Autograd's node of a parameter remembers the stream of its first use, and lives as long as anybody holds a graph with it:
+    the policy's ``action_dist`` after ``evaluate_actions`` in a callback, say. The gradient would wait for that stream, which
+    ends a recording.
+
+    :param policy: whose parameters are back in their places afterwards
+    :return: the leaves, in the order of ``policy.parameters()``
+    """
+    leaves = {parameter: parameter.detach().requires_grad_() for parameter in policy.parameters()}
+    registers: list[dict[str, Any]] = [module._parameters for module in policy.modules()]
+    before = [dict(register) for register in registers]
+    try:
+        for register in registers:
+            register.update({name: leaves[parameter] for name, parameter in register.items() if parameter is not None})
+        yield list(leaves.values())
+    finally:
+        for register, parameters in zip(registers, before, strict=True):
+            register.update(parameters)
 
 
 _ADAM_SETTINGS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")

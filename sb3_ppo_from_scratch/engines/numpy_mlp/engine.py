@@ -9,7 +9,7 @@ are drawn as the reference engine draws them, so the two differ by rounding only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,24 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.distributions import choices
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.acting import Actor
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
-from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, GaussianHead, Head
+from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
+    BernoulliHead,
+    CategoricalHead,
+    GaussianHead,
+    Head,
+    forbidden,
+    mask_out,
+)
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
@@ -49,6 +58,7 @@ class NumpyEngine(Engine):
     """Closed-form PPO for plain MLP policies with Adam, on one CPU thread."""
 
     name = "numpy"
+    shares_minibatches = True
     defers = True
     _actor: Actor | None = None
     """Of this rollout, once somebody has asked for actions alone"""
@@ -111,6 +121,8 @@ class NumpyEngine(Engine):
 
     def _make_head(self) -> Head:
         distribution = self.policy.action_dist
+        if takes_masks(type(self.policy)):
+            return CategoricalHead(choices(self.policy.action_space))
         if isinstance(distribution, CategoricalDistribution):
             return CategoricalHead([distribution.action_dim])
         if isinstance(distribution, MultiCategoricalDistribution):
@@ -123,11 +135,15 @@ class NumpyEngine(Engine):
     # ---------------------------------------------------------------- rollout
 
     @override
-    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
+        if not self.is_as_acted():
+            self._actor = None
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            actions = self._sampled(features, action_masks)
             outputs, values = self.network.forward(features)
-            actions = self.head.sample(outputs.T)
+            if action_masks is not None:
+                mask_out(outputs, forbidden(action_masks))
             log_prob, parameters = self._rated(outputs, actions)
         return PolicyStep(
             actions.reshape(-1, *self._action_shape),
@@ -137,20 +153,36 @@ class NumpyEngine(Engine):
         )
 
     @override
-    def sample_actions(self, obs: np.ndarray) -> np.ndarray:
+    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
         features = self.features(obs)
+        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
+            return self._sampled(features, action_masks).reshape(-1, *self._action_shape)
+
+    def _sampled(self, features: np.ndarray, action_masks: np.ndarray | None) -> np.ndarray:
+        """Actions as the head has them, by the weights of the rollout's beginning."""
         if self._actor is None or self._actor.n_envs != len(features):
             self._actor, self._acted_with = Actor(self.network, len(features)), self.flat.vector.copy()
-        with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
-            return self.head.sample(self._actor(features)).reshape(-1, *self._action_shape)
+        outputs = self._actor(features)
+        if action_masks is not None:
+            mask_out(outputs, ~action_masks)
+        return self.head.sample(outputs)
+
+    @override
+    def is_as_acted(self) -> bool:
+        return self._actor is None or self.flat.holds(self._acted_with)
+
+    @override
+    def as_acted(self) -> AbstractContextManager[None]:
+        return self.flat.holding(self._acted_with)
 
     @override
     def complete(self, buffer: ScratchRolloutBuffer) -> None:
-        threads = single_threaded(_ROWS * self.network.largest_layer)
-        with np.errstate(all="ignore"), threads, self.flat.holding(self._acted_with):
+        with np.errstate(all="ignore"), single_threaded(_ROWS * self.network.largest_layer):
             for steps in buffer.unrated_steps(_ROWS):
                 observations, actions = buffer.acted(steps)
                 outputs, values = self.network.forward(self.features(observations))
+                if (masks := buffer.extra("action_masks", steps)) is not None:
+                    mask_out(outputs, forbidden(masks))
                 buffer.rate(steps, values, *self._rated(outputs, actions))
         self.network.forget()
 

@@ -20,7 +20,11 @@ from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE
 from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 from sb3_ppo_from_scratch.errors import NonFiniteError
 
-__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head"]
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head", "forbidden", "mask_out"]
+
+_MASKED = -1e8
+"""The output of a choice that is not allowed, as in sb3-contrib: its probability and all that depends on it are exactly 0, and
+no difference of two such logits is NaN, as it would be with minus infinity."""
 
 _arange = lru_cache(maxsize=8)(np.arange)
 _LOWEST = {np.dtype(kind): np.finfo(kind).min for kind in (np.float32, np.float64)}
@@ -40,6 +44,21 @@ def _surely_finite(array: np.ndarray) -> bool:
 def _check(numbers: Any) -> None:
     if not np.isfinite(numbers).all():
         raise NonFiniteError("probabilities", NAN_MESSAGE)
+
+
+def forbidden(masks: np.ndarray) -> np.ndarray:
+    """Which choices masks ``[B, n_outputs]`` do not allow, ``[n_outputs, B]``."""
+    return np.ascontiguousarray(~masks.T)
+
+
+def mask_out(outputs: np.ndarray, where: np.ndarray) -> None:
+    """
+    Let choices that are not allowed have no probability, in place.
+
+    :param outputs: ``[n_outputs, B]``, or the other way round
+    :param where: bool, likewise
+    """
+    np.copyto(outputs, _MASKED, where=where)
 
 
 class Head(ABC):
@@ -340,7 +359,9 @@ class GaussianHead(Head):
     def parameters(self, dist: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The means, then the log standard deviations."""
         mean, _ = dist
-        return np.concatenate([mean, np.broadcast_to(self.log_std[:, None], mean.shape)]).T
+        parameters = np.empty((2, *mean.shape), mean.dtype)
+        parameters[0], parameters[1] = mean, self.log_std[:, None]
+        return parameters.reshape(-1, mean.shape[1]).T
 
     def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
         r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_ours
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
-from sb3_ppo_from_scratch.engines.numpy_mlp.heads import Head
+from sb3_ppo_from_scratch.engines.numpy_mlp.heads import Head, forbidden, mask_out
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
 from sb3_ppo_from_scratch.update import Gradient, Learner, UpdateConfig
@@ -66,12 +66,15 @@ class NumpyLearner(Learner[Batch]):
             observations=self.features(batch.observations),
             actions=self.head.encode(batch.actions),
             advantages=normalized(batch.advantages) if self.config.normalize_advantage else batch.advantages,
+            action_masks=None if batch.action_masks is None else forbidden(batch.action_masks),
         )
 
     @override
     def gradient(self, batch: Batch) -> Gradient:
         head, network = self.head, self.network
         outputs, values = network.forward(batch.observations)
+        if batch.action_masks is not None:
+            mask_out(outputs, batch.action_masks)
         dist = head.forward(outputs)
         log_prob, entropy = head.log_prob(dist, batch.actions), head.entropy(dist)
         loss, grad = ppo_gradient(log_prob, values, entropy, batch, self.config)

@@ -25,11 +25,15 @@ class Batch(NamedTuple):
     advantages: np.ndarray
     returns: np.ndarray
     dist_params: np.ndarray | None = None
+    action_masks: np.ndarray | None = None
+    """``[B, n_choices]``, bool, which actions were allowed; ``None`` for all"""
 
     @classmethod
     def of(cls, data: RolloutData) -> Batch:
         """Share the memory of ``data``, or of SB3's samples, on CPU."""
-        return cls(*(None if field is None else field.numpy() for field in data[: len(cls._fields)]))  # type: ignore[union-attr, arg-type]
+        masks = data.extras.get("action_masks") if isinstance(data, RolloutData) else None
+        arrays = (None if field is None else field.numpy() for field in data[: len(cls._fields) - 1])  # type: ignore[union-attr]
+        return cls(*arrays, action_masks=None if masks is None else masks.numpy())  # type: ignore[arg-type, misc]
 
     @property
     def size(self) -> int:

@@ -23,7 +23,7 @@ from sb3_ppo_from_scratch import losses
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, parts_of_the_loss, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
-from sb3_ppo_from_scratch.policies import SharedMlpExtractor, SharedMlpPolicy
+from sb3_ppo_from_scratch.policies import MASKABLE, SharedMlpExtractor, SharedMlpPolicy, imported
 from sb3_ppo_from_scratch.update import Loss, minibatch_loss
 
 __all__ = ["layers_of", "loss_reason", "optimizer_reason", "source_digest", "unsupported_reason"]
@@ -31,6 +31,10 @@ __all__ = ["layers_of", "loss_reason", "optimizer_reason", "source_digest", "uns
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
 _BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
 _DISTRIBUTIONS = (CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution, DiagGaussianDistribution)
+_MASKED_DISTRIBUTIONS = [
+    f"sb3_contrib.common.maskable.distributions:Maskable{kind}Distribution"
+    for kind in ("Categorical", "MultiCategorical", "Bernoulli")
+]
 
 
 # ---------------------------------------------------------------- the policy
@@ -38,10 +42,14 @@ _DISTRIBUTIONS = (CategoricalDistribution, MultiCategoricalDistribution, Bernoul
 
 def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
     """What about ``policy`` or its optimizer is not computed by hand; ``None`` if nothing."""
-    if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy):
-        return f"it computes MlpPolicy and SharedMlpPolicy, and the policy is of type {type(policy).__name__}"
-    if type(policy.action_dist) not in _DISTRIBUTIONS:
-        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * policy.use_sde
+    if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy, imported(MASKABLE["MaskableMlpPolicy"])):
+        return (
+            f"it computes MlpPolicy, SharedMlpPolicy and MaskableMlpPolicy, and the policy is of type {type(policy).__name__}"
+        )
+    if type(policy.action_dist) not in (*_DISTRIBUTIONS, *map(imported, _MASKED_DISTRIBUTIONS)):
+        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * getattr(
+            policy, "use_sde", False
+        )
     if name := replaced_method(policy.action_dist):
         return f"the action distribution's {name} was replaced"
     if reason := modified_reason(policy, _BUILT_INS) or _structure_reason(policy):
@@ -110,6 +118,8 @@ def _tower_reason(tower: nn.Module, width: int) -> str | None:
 
 def _n_outputs(distribution: Any) -> int:
     """How many numbers of the policy head a distribution is made from."""
+    if hasattr(distribution, "apply_masking"):
+        return sum(getattr(distribution, "action_dims", [])) or distribution.action_dim
     if isinstance(distribution, MultiCategoricalDistribution):
         return int(sum(distribution.action_dims))
     return distribution.action_dims if isinstance(distribution, BernoulliDistribution) else distribution.action_dim

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from threadpoolctl import ThreadpoolController
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 __all__ = ["single_threaded"]
 
@@ -29,4 +30,6 @@ def single_threaded(multiply_adds: int) -> AbstractContextManager[Any]:
 
 @cache
 def _blas() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController  # here, so that a machine whose networks run on a GPU can do without it
+
     return ThreadpoolController().select(user_api="blas")

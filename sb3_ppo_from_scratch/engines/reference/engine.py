@@ -10,7 +10,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -20,10 +22,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, drop_graph, mean_kl
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, choices, drop_graph, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.reference import recurrent
 from sb3_ppo_from_scratch.errors import NonFiniteError
+from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.recurrent import Memory, is_recurrent, sequence_minibatches
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, check_loss, minibatch_loss
 
@@ -38,6 +41,7 @@ class TorchEngine(Engine):
 
     name = "torch"
     batched_bootstrap = False
+    shares_minibatches = True
 
     @classmethod
     @override
@@ -46,11 +50,11 @@ class TorchEngine(Engine):
 
     @override
     @th.no_grad()
-    def act(self, obs: PyTorchObs, memory: Memory | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         try:
             with UncheckedDistributions():
                 if memory is None:
-                    actions, values, log_probs = self.sample(obs)
+                    actions, values, log_probs = self.sample(obs, action_masks)
                 else:
                     actions, values, log_probs, memory = self.sample_with_memory(obs, memory)
         except RuntimeError as error:  # torch.multinomial says it with the most general class
@@ -67,17 +71,18 @@ class TorchEngine(Engine):
         """What the policy has acted with, or evaluated actions with, last; ``None`` if it keeps none."""
         return getattr(self.policy, "action_dist", None)
 
-    def sample(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """From ``[n_envs, *obs_shape]`` to actions, values ``[n_envs, 1]`` and log-probabilities ``[n_envs]``."""
-        return self.policy(obs)
+        return self.policy(obs) if action_masks is None else self.policy(obs, action_masks=action_masks)
 
     def sample_with_memory(self, obs: PyTorchObs, memory: Memory) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
         """Likewise of a recurrent policy, and what it remembers after the step."""
         return recurrent.sample(self.policy, obs, memory)
 
-    def evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> PolicyOutputs:
+    def evaluate(self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
         """What the policy makes of a minibatch, with gradient."""
-        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions)
+        masks = {} if action_masks is None else {"action_masks": action_masks}
+        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **masks)
         return PolicyOutputs(values.flatten(), log_prob, entropy, self.distribution)
 
     def evaluate_sequences(self, batch: RolloutData, actions: th.Tensor) -> PolicyOutputs:
@@ -117,6 +122,7 @@ class TorchLearner(Learner[RolloutData]):
         self.engine, self.policy, self.config = engine, engine.policy, config
         self._minibatches = minibatches
         self._is_discrete = isinstance(self.policy.action_space, spaces.Discrete)
+        self._takes_masks = takes_masks(type(self.policy))
 
     @override
     def minibatches(self) -> Iterable[RolloutData]:
@@ -128,11 +134,17 @@ class TorchLearner(Learner[RolloutData]):
         if is_recurrent(self.policy):
             outputs = self.engine.evaluate_sequences(batch, actions)
         else:
-            outputs = self.engine.evaluate(batch.observations, actions)
+            masks = self._masks(batch) if self._takes_masks else None
+            outputs = self.engine.evaluate(batch.observations, actions, masks)
         loss = self.engine.loss(outputs, batch, self.config)
         if self.engine.loss is not minibatch_loss:
             check_loss(loss)
         return Gradient(loss, partial(self._backward, loss.total), self._kl_term(batch, outputs))
+
+    def _masks(self, batch: RolloutData) -> th.Tensor:
+        """``[B, n_choices]``; where there were none in the rollout, all ones, as sb3-contrib has them then."""
+        masks = batch.extras.get("action_masks")
+        return batch.advantages.new_ones(batch.size, sum(choices(self.policy.action_space))) if masks is None else masks
 
     @th.no_grad()
     def _kl_term(self, batch: RolloutData, outputs: PolicyOutputs) -> tuple[th.Tensor, th.Tensor] | None:
@@ -167,16 +179,22 @@ class HeadsEngine(TorchEngine):
         """Values ``[batch_size, 1]`` and the distribution of the actions, in float32."""
 
     @override
-    def sample(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        values, distribution = self.heads(obs)
+    def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        values, distribution = self._masked_heads(obs, action_masks)
         actions = distribution.get_actions()
         log_probs = distribution.log_prob(actions)
         return actions.reshape(-1, *self.policy.action_space.shape), values, log_probs  # type: ignore[misc]  # no Dict
 
     @override
-    def evaluate(self, obs: PyTorchObs, actions: th.Tensor) -> PolicyOutputs:
-        values, distribution = self.heads(obs)
+    def evaluate(self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
+        values, distribution = self._masked_heads(obs, action_masks)
         return PolicyOutputs(values.flatten(), distribution.log_prob(actions), distribution.entropy(), distribution)
+
+    def _masked_heads(self, obs: PyTorchObs, action_masks: Any) -> tuple[th.Tensor, Distribution]:
+        values, distribution = self.heads(obs)
+        if action_masks is not None:
+            distribution.apply_masking(action_masks)  # type: ignore[attr-defined]  # a maskable policy's has it
+        return values, distribution
 
     @override
     @th.no_grad()
