@@ -28,7 +28,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line
 from benchmarks.record import provenance, write_json
 from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
-from sb3_ppo_from_scratch.engines.channels_last.engine import fused_adam
+from sb3_ppo_from_scratch.engines.adam import fused_adam
 
 Timings = dict[str, dict[str, float]]
 """Per part, per contestant: microseconds."""

@@ -38,7 +38,7 @@ def _spaces(name: str) -> tuple[spaces.Space, spaces.Space]:
         observations = spaces.Box(0, 255, (64,), np.uint8)
     else:
         observations = spaces.Box(-np.inf, np.inf, (8,), np.float32)
-    is_discrete = name in _DISCRETE or name.startswith(_MINIGRID) or ("NoVel" in name and name.startswith("CartPole"))
+    is_discrete = name.replace("NoVel", "") in _DISCRETE or name.startswith(_MINIGRID)
     return observations, spaces.Discrete(4) if is_discrete else spaces.Box(-1, 1, (2,), np.float32)
 
 

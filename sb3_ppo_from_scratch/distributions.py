@@ -7,6 +7,7 @@ sets of them.
 
 from __future__ import annotations
 
+import copy
 import threading
 from types import TracebackType
 from typing import Any
@@ -21,10 +22,18 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
-__all__ = ["UncheckedDistributions", "choices", "distribution_parameters", "drop_graph", "exact_kl", "mean_kl"]
+__all__ = [
+    "UncheckedDistributions",
+    "choices",
+    "distribution_parameters",
+    "drop_graph",
+    "exact_kl",
+    "mean_kl",
+    "select_rows",
+]
 
 
 def choices(space: spaces.Space) -> list[int]:
@@ -78,6 +87,26 @@ def _masked_parts(distribution: Any) -> list[th.distributions.Categorical] | Non
         return None
     parts = getattr(distribution, "distributions", None) or [getattr(distribution, "distribution", None)]
     return [part for part in parts if isinstance(part, th.distributions.Categorical)]
+
+
+def select_rows(distribution: Distribution, rows: th.Tensor) -> Distribution:
+    """
+    The distribution of some observations among those that ``distribution`` was given, with its gradient.
+
+    :param distribution: a policy's ``action_dist``
+    :param rows: ``[n]``, int64
+    :return: a copy; of a distribution without :func:`distribution_parameters`, the same as it is
+    """
+
+    def select(part: Any) -> Any:
+        if isinstance(part, Normal):
+            return Normal(part.loc[rows], part.scale[rows])
+        return type(part)(logits=part.logits[rows]) if isinstance(part, Categorical | Bernoulli) else part
+
+    inner = distribution.distribution
+    chosen = copy.copy(distribution)
+    chosen.distribution = [select(part) for part in inner] if isinstance(inner, list) else select(inner)
+    return chosen
 
 
 def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.Tensor:

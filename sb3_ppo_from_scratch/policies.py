@@ -18,6 +18,7 @@ from torch import nn
 
 __all__ = [
     "MASKABLE",
+    "RECURRENT",
     "CnnPolicy",
     "MlpPolicy",
     "MultiInputPolicy",
@@ -34,6 +35,13 @@ MASKABLE = {
     "MaskableMultiInputPolicy": "sb3_contrib.common.maskable.policies:MaskableMultiInputActorCriticPolicy",
 }
 """Policies that choose among the actions that a mask allows: sb3-contrib's classes, by module and name."""
+
+RECURRENT = {
+    "MlpLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentActorCriticPolicy",
+    "CnnLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentActorCriticCnnPolicy",
+    "MultiInputLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentMultiInputActorCriticPolicy",
+}
+"""Policies that remember, by an LSTM: sb3-contrib's classes, by module and name."""
 
 
 def import_policy(where: str) -> Any:

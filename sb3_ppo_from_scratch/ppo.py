@@ -46,6 +46,7 @@ from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
     MASKABLE,
+    RECURRENT,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
@@ -54,6 +55,7 @@ from sb3_ppo_from_scratch.policies import (
     imported,
     takes_masks,
 )
+from sb3_ppo_from_scratch.recurrent import check_remembered, is_recurrent
 from sb3_ppo_from_scratch.rollout import RolloutAlgorithm
 from sb3_ppo_from_scratch.safe_files.algorithms import errors_name_the_algorithm, warn_of_defaults
 from sb3_ppo_from_scratch.safe_files.models import (
@@ -89,8 +91,8 @@ class ScratchPPO(RolloutAlgorithm):
     A *schedule* is a function of the progress remaining, which falls from 1 to 0 over a ``learn``.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; for masks of invalid
-        actions ``"MaskableMlpPolicy"``, ``"MaskableCnnPolicy"``, ``"MaskableMultiInputPolicy"``, which are sb3-contrib's; or a
-        policy class
+        actions ``"MaskableMlpPolicy"``, ``"MaskableCnnPolicy"``, ``"MaskableMultiInputPolicy"``, and with the memory of an
+        LSTM ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; or a policy class
     :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
@@ -121,8 +123,9 @@ class ScratchPPO(RolloutAlgorithm):
     :param engine: ``"torch"``, the reference, which serves every policy; ``"numpy"``, several times faster, for small
         networks on a CPU (:mod:`sb3_ppo_from_scratch.engines.numpy_mlp`); ``"compiled"``, for the same, faster still where a
         C compiler has built it (:mod:`sb3_ppo_from_scratch.engines.compiled`); ``"channels_last"``, for ``CnnPolicy`` on a
-        CPU; ``"cudagraph"``, for CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of
-        these but the last, which has not been run on a GPU yet
+        CPU; ``"lstm"``, for policies with an LSTM on a CPU (:mod:`sb3_ppo_from_scratch.engines.lstm`); ``"cudagraph"``, for
+        CUDA devices (:mod:`sb3_ppo_from_scratch.engines.cudagraph`); ``"auto"``, the fastest of these but the last, which has
+        not been run on a GPU yet
     :param precision: ``"fp32"``, or ``"bf16"`` for bfloat16 products in a ``CnnPolicy``'s convolutions: faster on hardware
         that has instructions for it, and less exact. Parameters, loss and optimizer remain float32. ``"tf32"`` is for
         ``"cudagraph"``: TensorFloat-32 in all products.
@@ -144,6 +147,7 @@ class ScratchPPO(RolloutAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
         "SharedMlpPolicy": SharedMlpPolicy,
         **MASKABLE,
+        **RECURRENT,
     }
     """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
@@ -227,6 +231,7 @@ class ScratchPPO(RolloutAlgorithm):
         self.nan_observations = nan_observations
         self._nan_understood: set[str] = set()
         self._guard: ObservationGuard | None = None
+        self._last_memory = None
         self._engine: Engine | None = None
         self._is_training = False
         self._warned_of_skipped = False
@@ -519,7 +524,7 @@ class ScratchPPO(RolloutAlgorithm):
                 self._last_action_masks = None
             self._find_masks()
         if self._last_obs is not before:
-            self._guard = None
+            self._guard = self._last_memory = None
             try:
                 check(self._last_obs, None, 0)
             except ValueError:
@@ -643,17 +648,20 @@ class ScratchPPO(RolloutAlgorithm):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        The policy's actions.
+        The policy's actions, and its memory after them.
 
-        :param observation: one, or ``[n_envs, *obs_shape]``, or a dict of such
-        :param state: of a recurrent policy, before
-        :param episode_start: ``[n_envs]``, where that state is to be forgotten
+        :param observation: ``[*obs_shape]``, or ``[n, *obs_shape]`` for n environments, or a dict of such
+        :param state: of a recurrent policy, what the last call returned; ``None`` for a memory of nothing
+        :param episode_start: ``[n]``, whether each observation is the first of an episode; ``None`` for no
         :param deterministic: whether to take the most probable actions instead of sampling
-        :param action_masks: ``[n_choices]`` or ``[n_envs, n_choices]``, which actions are allowed, for a maskable policy.
+        :param action_masks: ``[n_choices]`` or ``[n, n_choices]``, which actions are allowed, for a maskable policy.
             If not given, those that a Dict observation has as ``"action_mask"``; without such, all are, with one warning.
-        :return: actions, and the state after
-        :raises ValueError: for masks of another shape, ones that allow nothing, or with a policy that is not maskable
+        :return: ``[*action_shape]`` or ``[n, *action_shape]``; and the state, ``None`` for a policy without one
+        :raises ValueError: if there are not as many states or starts as observations; for masks of another shape, ones that
+            allow nothing, or with a policy that is not maskable
         """
+        if is_recurrent(self.policy):
+            check_remembered(self.policy, observation, state, episode_start)
         if not takes_masks(type(self.policy)):
             if action_masks is not None:
                 raise ValueError(f"action_masks must be None for {self._policy_name}, which is no maskable policy")

@@ -23,6 +23,7 @@ from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
 from sb3_ppo_from_scratch.distributed import DataParallelAlgorithm
 from sb3_ppo_from_scratch.engines import Engine
+from sb3_ppo_from_scratch.recurrent import LSTM_STATES, Memory, is_recurrent, remembered
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.masks import MaskSource
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
@@ -51,6 +52,8 @@ class RolloutAlgorithm(DataParallelAlgorithm):
     """Keys of observations whose NaN the network has made finite numbers of"""
     _guard: ObservationGuard | None
     """Keeps observations from being written to by those who made them; ``None`` before the first rollout"""
+    _last_memory: np.ndarray | None
+    """What a recurrent policy remembers before the next step, see :meth:`Memory.array`; ``None`` for nothing"""
 
     _mask_source: MaskSource | None
     """Where masks come from; ``None`` if the policy takes none, or is to train without"""
@@ -106,6 +109,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         engine.begin_rollout()
         finals = FinalObservations()
         check(self._last_obs, None, 0)
+        memory = self._remembered()
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -114,12 +118,13 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
             later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
             if later and not is_users:  # nobody looks
-                obs_tensor = values = log_probs = dist_params = None
+                obs_tensor = values = log_probs = dist_params = after = None
                 actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
             else:
                 obs_tensor = observe(self._last_obs)
                 act = partial(engine.act, **with_masks)
-                actions, values, log_probs, dist_params = self._ask(act, self._last_obs, obs_tensor)
+                answer = self._ask(act, self._last_obs, obs_tensor, memory)
+                actions, values, log_probs, dist_params, after = answer
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -146,9 +151,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
                 if later:
                     finals.add(n_steps - 1, rows, infos, rewards, self.gamma)
                 if values is not None:
-                    rewards = bootstrap_time_limits(
-                        rewards, rows, infos, self._values_by(engine), self.gamma, engine.batched_bootstrap
-                    )
+                    rewards = self._bootstrap(engine, rewards, rows, infos, after)
             valid = None
             if reset_rows is not None and reset_rows.any():
                 valid = ~reset_rows
@@ -158,15 +161,17 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             if ours is None:
                 rollout_buffer.add(*step)  # type: ignore[arg-type]  # Dict observations too
             else:
-                extras = {**self.row_extras(infos), **with_masks}
+                remembered_before = {} if memory is None else {LSTM_STATES: memory.array()}
+                extras = {**self.row_extras(infos), **with_masks, **remembered_before}
                 ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
                 ours.unrated[n_steps - 1] = later
             self._last_obs = new_obs
             self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
             self._last_episode_starts = dones.copy()  # some environments hand out one array for ever
+            memory = self._remember(after)
 
         self._complete(engine, rollout_buffer, finals)
-        values = self._ask(engine.predict_values, new_obs, observe(new_obs))  # type: ignore[arg-type]  # no tuple
+        values = self._ask(engine.predict_values, new_obs, observe(new_obs), memory)  # type: ignore[arg-type]  # no tuple
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         check_rollout(rollout_buffer)
         callback.update_locals(locals())
@@ -182,10 +187,24 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         """
         return {}
 
-    def _ask(self, question: Callable[[Any], Any], obs: Any, prepared: Any) -> Any:
+    def _remembered(self) -> Memory | None:
+        """What a recurrent policy remembers before the next step; ``None`` for others."""
+        if not is_recurrent(self.policy):
+            return None
+        assert self._last_episode_starts is not None
+        return remembered(self.policy, self._last_memory, self._last_episode_starts)
+
+    def _remember(self, after: Memory | None) -> Memory | None:
+        """Keep what a recurrent policy remembers after a step, and return it as it counts before the next one."""
+        if after is None:
+            return None
+        self._last_memory = after.array()
+        return self._remembered()
+
+    def _ask(self, question: Callable[..., Any], obs: Any, prepared: Any, memory: Memory | None = None) -> Any:
         """An engine's answer to observations, ``prepared`` as it takes them; or why there is none."""
         try:
-            return question(prepared)
+            return question(prepared) if memory is None else question(prepared, memory=memory)
         except (RuntimeError, IndexError) as error:
             reason = why_no_answer(self.policy, self.observation_space, obs)
             if reason is None:
@@ -204,9 +223,20 @@ class RolloutAlgorithm(DataParallelAlgorithm):
                 engine.complete(rollout_buffer)
                 finals.bootstrap(rollout_buffer.rewards, self._values_by(engine))
 
-    def _values_by(self, engine: Engine) -> ValuesOf:
+    def _bootstrap(
+        self, engine: Engine, rewards: np.ndarray, rows: list[int], infos: list[dict[str, Any]], memory: Memory | None = None
+    ) -> np.ndarray:
+        """:param memory: of a recurrent policy, *after* the step: it goes on to the final observation"""
+        if memory is None:
+            return bootstrap_time_limits(rewards, rows, infos, self._values_by(engine), self.gamma, engine.batched_bootstrap)
+        for group in [rows] if engine.batched_bootstrap else [[row] for row in rows]:
+            of_group = self._values_by(engine, memory.of(group))
+            rewards = bootstrap_time_limits(rewards, group, infos, of_group, self.gamma, at_once=True)
+        return rewards
+
+    def _values_by(self, engine: Engine, memory: Memory | None = None) -> ValuesOf:
         def values_of(observations: Any) -> np.ndarray:
-            values = self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0])
+            values = self._ask(engine.predict_values, observations, self.policy.obs_to_tensor(observations)[0], memory)
             return values[:, 0].numpy(force=True)
 
         return values_of
@@ -226,8 +256,11 @@ class RolloutAlgorithm(DataParallelAlgorithm):
 
     def _makes_sense_of(self, key: str, obs: Any) -> bool:
         """A network of SB3's makes NaN of NaN; one of the user's that does not has been written for it."""
+        observations = self.policy.obs_to_tensor(obs)[0]
+        n = len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
+        memory = remembered(self.policy, None, np.ones(n)) if is_recurrent(self.policy) else None
         with th.no_grad():
-            values = self.policy.predict_values(self.policy.obs_to_tensor(obs)[0])
+            values = self.policy.predict_values(observations, *(() if memory is None else (memory.critic, memory.starts)))
         if th.isfinite(values).all():
             self._nan_understood.add(key)
             warnings.warn(

@@ -1,5 +1,5 @@
 """
-sb3-contrib's own tests, with ``MaskablePPO`` replaced by ``ScratchPPO``: what a drop-in must pass.
+sb3-contrib's own tests, with ``MaskablePPO`` and ``RecurrentPPO`` replaced by ``ScratchPPO``: what a drop-in must pass.
 
     git clone https://github.com/Stable-Baselines-Team/stable-baselines3-contrib CHECKOUT
     python tests/contrib_suite.py CHECKOUT [pytest's arguments]
@@ -35,7 +35,8 @@ class MaskedScratchPPO(ScratchPPO):
 
 
 REPLACED: dict[str, tuple[type[BaseAlgorithm], type[BaseAlgorithm]]] = {
-    "MaskablePPO": (sb3_contrib.MaskablePPO, MaskedScratchPPO)
+    "MaskablePPO": (sb3_contrib.MaskablePPO, MaskedScratchPPO),
+    "RecurrentPPO": (sb3_contrib.RecurrentPPO, ScratchPPO),
 }
 """By name, contrib's class and what stands for it."""
 DESELECTED: dict[str, str] = {

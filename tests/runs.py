@@ -8,6 +8,7 @@ another random moment, and resumed; then once more without a break, in FOLDER/wh
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import random
 import signal
@@ -32,6 +33,10 @@ def cartpole(folder: Path | None) -> VecEnv:
     return VecNormalize(make_vec_env("CartPole-v1", n_envs=2, monitor_dir=None if folder is None else str(folder)))
 
 
+def pendulum(folder: Path | None) -> VecEnv:
+    return VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, monitor_dir=None if folder is None else str(folder)))
+
+
 def breakout(folder: Path | None) -> VecEnv:
     import ale_py  # registers the games; an optional dependency
 
@@ -43,6 +48,17 @@ def breakout(folder: Path | None) -> VecEnv:
 
 TASKS: dict[str, tuple[Callable[[Path | None], VecEnv], int, dict[str, Any]]] = {
     "cartpole": (cartpole, 64 * 60, {"policy": "MlpPolicy", "n_steps": 32, "batch_size": 16, "n_epochs": 2}),
+    "memory": (
+        pendulum,
+        64 * 10,
+        {
+            "policy": "MlpLstmPolicy",
+            "n_steps": 32,
+            "batch_size": 24,
+            "n_epochs": 2,
+            "policy_kwargs": {"lstm_hidden_size": 8},
+        },
+    ),
     "breakout": (breakout, 32 * 6, {"policy": "CnnPolicy", "n_steps": 16, "batch_size": 16, "n_epochs": 1}),
 }
 
@@ -117,6 +133,8 @@ def in_a_process(task: str, folder: Path, ticks: int | None, delay: float = 0.0)
 def main(task: str, folder: Path, kills: int, seed: int) -> None:
     th.set_num_threads(1)
     th.optim.Adam([th.zeros(1)])  # imports what every child would import for a second or two
+    if "Lstm" in TASKS[task][2]["policy"]:
+        importlib.import_module("sb3_contrib")  # likewise
     moments = random.Random(seed)
     steps_per_rollout = TASKS[task][2]["n_steps"]
     for _ in range(kills):

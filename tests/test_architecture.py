@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"errors", "advantages", "losses", "distributions", "policies", "hyperparams"},
     {"checks.arguments"},
     {"buffer"},
-    {"checks.finite", "checks.answers", "safe_files"},
+    {"checks.finite", "checks.answers", "safe_files", "recurrent"},
     {"update", "vec_env", "checks.hyperparameters"},
     {"distributed"},
     {"engines", "checkpoint"},
@@ -101,7 +101,7 @@ def test_the_top_shows_ppo_and_nothing_else() -> None:
     assert len(names) <= 12
 
 
-@pytest.mark.parametrize("engine", ["compiled", "numpy_mlp", "channels_last", "cudagraph"])
+@pytest.mark.parametrize("engine", ["compiled", "numpy_mlp", "channels_last", "lstm", "cudagraph"])
 def test_the_package_needs_no_engine_but_the_reference(engine: str) -> None:
     """Nothing outside ``engines/`` names one; within, only the choice does, and an engine that builds on another."""
     users = {module for module, found in imports().items() for target in found if target.startswith(f"engines.{engine}")}

@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, floor, soak, throughput, timed_run, vector_envs, zoo_engines
+from benchmarks import cartpole, components, floor, memory, soak, throughput, timed_run, vector_envs, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
@@ -318,8 +318,22 @@ def test_engines_of_the_hyperparameter_files_entries() -> None:
     found = {name: choice.engine.name for name, choice in zoo_engines.choices().items()}
     assert found.keys() >= {"CartPole-v1", "HalfCheetah-v4", "MiniGrid-Unlock-v0"}
     assert found["atari"] == "channels_last"
+    assert {engine for name, engine in found.items() if "NoVel" in name} == {"lstm"}
     assert found["CartPole-v1"] == found["default"] != "torch"
     assert all(f"`{engine}`" in zoo_engines.table() for engine in {*found.values()})
+
+
+def test_memory_beside_recurrent_ppo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "TASKS", ("CartPoleNoVel-v1",))
+    memory.main(["--rounds", "2", "--scale", "0.01", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
+    result = record["tasks"]["CartPoleNoVel-v1"]
+    assert result["steps"] == 256
+    assert result["ratios"]["RecurrentPPO"] == [1, 1]
+    assert result["ratios"]["lstm"][1] == result["speeds"]["lstm"][1] / result["speeds"]["RecurrentPPO"][1]
+    assert memory.table(record) in capsys.readouterr().out
 
 
 def test_scaled_to_whole_rollouts() -> None:

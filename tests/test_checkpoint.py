@@ -161,6 +161,14 @@ def test_gsde_and_dict_observations(tmp_path: Path) -> None:
     assert_exact(partial(toy, OBSERVATION_SPACES["dict"]), tmp_path / "dict", policy="MultiInputPolicy")
 
 
+@pytest.mark.parametrize("make", [cartpole, lambda: VecNormalize(NativeVecEnv(gym.make_vec("CartPole-v1", 2)))])
+def test_what_is_remembered(make: Callable[[], VecEnv], tmp_path: Path) -> None:
+    """In the middle of episodes, with the engine for it; a native environment's reset rows are in between."""
+    assert_exact(make, tmp_path, policy="MlpLstmPolicy", policy_kwargs={"lstm_hidden_size": 8}, engine="lstm")
+    model = ScratchPPO.resume(tmp_path, make(), device="cpu")
+    assert np.abs(model._last_memory).max() > 0
+
+
 @pytest.mark.parametrize("at", [2, 32, 33, 2 * 32, TOTAL - 1 - TOTAL % 2])
 def test_whatever_the_moment(at: int, tmp_path: Path) -> None:
     whole, _ = learn(cartpole(), [])
@@ -209,7 +217,7 @@ def run_killed(task: str, folder: Path, kills: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize(("task", "kills"), [("cartpole", 20), ("breakout", 2)])
+@pytest.mark.parametrize(("task", "kills"), [("cartpole", 20), ("memory", 3), ("breakout", 2)])
 def test_killed_at_random_moments(task: str, kills: int, tmp_path: Path) -> None:
     if task == "breakout":
         pytest.importorskip("ale_py")

@@ -23,6 +23,7 @@ from sb3_ppo_from_scratch.checks.arguments import (
 from sb3_ppo_from_scratch.checks.finite import NAN_POLICIES
 from sb3_ppo_from_scratch.distributions import choices
 from sb3_ppo_from_scratch.policies import takes_masks
+from sb3_ppo_from_scratch.recurrent import check_recurrent_arguments, is_recurrent
 
 __all__ = ["check_hyperparameters", "check_rollout_size"]
 
@@ -47,6 +48,8 @@ def check_hyperparameters(model: Any) -> None:
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, not {buffer_class!r}")
     if takes_masks(model.policy_class):
         _check_maskable(model, model._policy_name)
+    if is_recurrent(model.policy_class):
+        _check_recurrent(model)
 
 
 def _check_spaces(model: Any) -> None:
@@ -60,6 +63,21 @@ def _check_spaces(model: Any) -> None:
     check_nan_observations(model.nan_observations, model.observation_space)
 
 
+def _check_recurrent(model: Any) -> None:
+    """:raises ValueError: for networks that cannot be, and for a buffer that would lose what is remembered"""
+    check_recurrent_arguments(model.policy_kwargs)
+    if not _keeps_extras(model.rollout_buffer_class):
+        raise ValueError(
+            f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {model._policy_name}, for what is "
+            f"remembered is to be kept, not {model.rollout_buffer_class.__name__}"
+        )
+
+
+def _keeps_extras(buffer_class: type[RolloutBuffer] | None) -> bool:
+    """Whether it does, or ours takes its place."""
+    return buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)
+
+
 def _check_maskable(model: Any, name: str) -> None:
     """
     :param name: the policy's
@@ -71,11 +89,10 @@ def _check_maskable(model: Any, name: str) -> None:
         choices(model.action_space)
     except ValueError as error:
         raise ValueError(f"policy {name!r} does not fit the action space: {error}") from error
-    buffer_class = model.rollout_buffer_class
-    if not (buffer_class is None or is_replaceable(buffer_class) or issubclass(buffer_class, ScratchRolloutBuffer)):
+    if not _keeps_extras(model.rollout_buffer_class):
         raise ValueError(
             f"rollout_buffer_class must be a subclass of ScratchRolloutBuffer for {name}, for masks are to be kept, not "
-            f"{buffer_class.__name__}"
+            f"{model.rollout_buffer_class.__name__}"
         )
 
 
@@ -117,7 +134,13 @@ def check_rollout_size(n_steps: int, n_envs: int, batch_size: int, normalize_adv
             "n_steps * n_envs must be at least 2, since one advantage alone cannot be normalized "
             f"(normalize_advantage=True), not n_steps={n_steps} times n_envs={n_envs}"
         )
-    if size % batch_size > 0:
+    if size < batch_size:
+        warnings.warn(
+            f"batch_size={batch_size} is larger than the rollout of n_steps * n_envs = {size} transitions (n_steps={n_steps}, "
+            f"n_envs={n_envs}): each epoch will be one truncated mini-batch of size {size}",
+            stacklevel=3,
+        )
+    elif size % batch_size > 0:
         warnings.warn(
             f"batch_size={batch_size} does not divide the rollout of n_steps * n_envs = {size} transitions "
             f"(n_steps={n_steps}, n_envs={n_envs}): after every {size // batch_size} full ones "

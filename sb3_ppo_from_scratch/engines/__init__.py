@@ -10,6 +10,7 @@ from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.channels_last import ChannelsLastEngine, has_bf16_instructions
 from sb3_ppo_from_scratch.engines.compiled import CompiledEngine
 from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
+from sb3_ppo_from_scratch.engines.lstm import LstmEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.reference import TorchEngine
 from sb3_ppo_from_scratch.update import Loss, minibatch_loss
@@ -25,7 +26,8 @@ __all__ = [
 ]
 
 _ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (CompiledEngine, NumpyEngine, ChannelsLastEngine, CudaGraphEngine, TorchEngine)
+    engine.name: engine
+    for engine in (CompiledEngine, NumpyEngine, ChannelsLastEngine, LstmEngine, CudaGraphEngine, TorchEngine)
 }
 
 _FOR_AUTO = {name: engine for name, engine in _ENGINES.items() if engine is not CudaGraphEngine}

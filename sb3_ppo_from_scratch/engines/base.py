@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, UpdateStats, minibatch_loss, update
 
 __all__ = ["NAN_MESSAGE", "Engine", "PolicyStep"]
@@ -34,6 +35,8 @@ class PolicyStep(NamedTuple):
     """``[n_envs]``"""
     dist_params: th.Tensor | None
     """``[n_envs, n_params]``, see :func:`sb3_ppo_from_scratch.distributions.distribution_parameters`"""
+    memory: Memory | None = None
+    """what a recurrent policy remembers after the step, in the same episode; ``None`` for others"""
 
 
 class Engine(ABC):
@@ -100,13 +103,14 @@ class Engine(ABC):
         """Called when training ends: parameters and the optimizer's state go back to where they were."""
 
     @abstractmethod
-    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         """
         Sample one action per environment.
 
         :param obs: ``[n_envs, *obs_shape]`` or a dict of such
         :param action_masks: ``[n_envs, n_choices]``, bool, which actions are allowed, for a policy that takes masks; ``None``
             for all. An engine that cannot mask refuses such policies.
+        :param memory: of a recurrent policy, before the step
         :raises NonFiniteError: if the policy's probabilities are NaN
         """
 
@@ -142,9 +146,10 @@ class Engine(ABC):
         return nullcontext()
 
     @abstractmethod
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
         """
         :param obs: ``[batch_size, *obs_shape]`` or a dict of such
+        :param memory: of a recurrent policy, one state per observation
         :return: ``[batch_size, 1]``, without gradient
         """
 

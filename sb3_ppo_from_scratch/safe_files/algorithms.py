@@ -13,8 +13,10 @@ from sb3_ppo_from_scratch.safe_files.archive import read_archive
 
 __all__ = ["errors_name_the_algorithm", "warn_of_defaults"]
 
-_NAMES = {"td3": "TD3 or DDPG", "dqn": "DQN", "crossq": "CrossQ", "recurrent": "RecurrentPPO"}
+_NAMES = {"td3": "TD3 or DDPG", "dqn": "DQN", "crossq": "CrossQ"}
 """By the part of SB3's or sb3-contrib's names of modules that the policy stands in; others are in capitals."""
+_OURS = ("maskable", "recurrent")
+"""Parts of such names whose policies are for PPO alone."""
 _FIELDS = {"cg_max_steps": "TRPO", "replay_buffer_class": "an off-policy algorithm"}
 """A field that no PPO has, and whose it is."""
 
@@ -40,7 +42,7 @@ def _other_algorithm(path: Any) -> str | None:
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         fields = json.loads(read_archive(path)["data"])
         package, *parts = str(fields["policy_class"]["__module__"]).split(".")
-        part = next((part for part in parts if part not in ("common", "policies", "maskable")), None)  # the last is ours too
+        part = next((part for part in parts if part not in ("common", "policies", *_OURS)), None)
         if package in ("stable_baselines3", "sb3_contrib") and part is not None:
             return _NAMES.get(part, part.upper())
         return next((name for field, name in _FIELDS.items() if field in fields), None)

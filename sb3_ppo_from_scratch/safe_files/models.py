@@ -215,7 +215,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("policy_kwargs", "rollout_buffer_kwargs"), (lambda value: isinstance(value, dict), "a dict")),
     **dict.fromkeys(_RECORDS, (lambda value: isinstance(value, deque | list), "a list")),
     **dict.fromkeys(("_last_obs", "_last_original_obs"), (_is_observation, "an array, or a dict of arrays")),
-    **dict.fromkeys(("_last_episode_starts", "_last_action_masks"), (lambda value: isinstance(value, np.ndarray), "an array")),
+    **dict.fromkeys(
+        ("_last_episode_starts", "_last_action_masks", "_last_memory"),
+        (lambda value: isinstance(value, np.ndarray), "an array"),
+    ),
     "action_noise": (lambda value: False, "None"),
     "tensorboard_log": (lambda value: _is_text(value) or isinstance(value, pathlib.PurePath), "a path"),
 }
@@ -241,6 +244,9 @@ def _check_field(name: str, value: Any) -> None:
         raise ValueError(f"field {name!r} is damaged: {str(error)[:300] or type(error).__name__}") from error
 
 
+_OF_AN_LSTM = {"bias", "dropout", "batch_first", "bidirectional", "proj_size"}
+
+
 def _check_policy_kwargs(kwargs: dict[str, Any]) -> None:
     """A class of the table where a class of another kind is due would be called with arguments that are not meant for it."""
     kinds = {
@@ -254,6 +260,12 @@ def _check_policy_kwargs(kwargs: dict[str, Any]) -> None:
                 raise ValueError(f"{name} must be a {kinds[name].__name__}, not {shown(value)}")
         elif name.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"{name} must be a dict, not {shown(value)}")
+        elif name in ("lstm_hidden_size", "n_lstm_layers") and not _is_integer(value):
+            raise ValueError(f"{name} must be an integer, not {shown(value)}")
+    if (
+        unknown := (kwargs.get("lstm_kwargs") or {}).keys() - _OF_AN_LSTM
+    ):  # a device, say, would get memory before it is checked
+        raise ValueError(f"lstm_kwargs must be of {', '.join(sorted(_OF_AN_LSTM))}, not {shown(sorted(map(str, unknown)))}")
 
 
 # ------------------------------------------------------------------ models
@@ -393,7 +405,7 @@ def _check_size(fields: dict[str, Any], weights: dict[str, Any]) -> None:
     """
     given = sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, th.Tensor))
     arch = json.dumps(fields["policy_kwargs"].get("net_arch"), default=str)
-    if arch.count(",") > 4 * len(weights) + 16:
+    if arch.count(",") > 4 * len(weights) + 16 or _lstm_layers(fields) > len(weights):
         raise ValueError("field 'policy_kwargs' is damaged: it describes more layers than there are weights for")
     with errors_of_file("fields 'policy_class', 'policy_kwargs', 'observation_space', 'action_space'"), _without_memory():
         policy = fields["policy_class"](
@@ -407,6 +419,11 @@ def _check_size(fields: dict[str, Any], weights: dict[str, Any]) -> None:
         raise ValueError(
             f"field 'policy_kwargs' or a space is damaged: it describes {described} weights, the file has {given}"
         )
+
+
+def _lstm_layers(fields: dict[str, Any]) -> int:
+    """How many a file describes that says so."""
+    return fields["policy_kwargs"].get("n_lstm_layers", 0)
 
 
 class _StayingThere(TorchFunctionMode):

@@ -4,7 +4,7 @@
 Four things make it faster. Frames stay channels-last bytes from the rollout buffer to the first convolution, so that nothing
 is ever transposed. The two arrays that a minibatch's frames pass through are allocated once per update, for fresh memory costs
 more than what is written into it. The linear layer's products are oneDNN's, as the convolutions' are (:class:`OneDnnLinear`).
-And Adam takes one pass (:func:`fused_adam`).
+And Adam takes one pass (:func:`~sb3_ppo_from_scratch.engines.adam.fused_adam`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer, is_ours, minibatch_source
+from sb3_ppo_from_scratch.engines.adam import fused_adam
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.reference.engine import HeadsEngine, Minibatches
 from sb3_ppo_from_scratch.policies import MASKABLE, imported
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
-__all__ = ["ChannelsLastEngine", "OneDnnLinear", "fused_adam", "has_bf16_instructions", "is_as_built", "nature_features"]
+__all__ = ["ChannelsLastEngine", "OneDnnLinear", "has_bf16_instructions", "is_as_built", "nature_features"]
 
 _DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
 _MASKABLE = [MASKABLE[name] for name in ("MaskableMlpPolicy", "MaskableCnnPolicy")]
@@ -164,24 +165,6 @@ class ChannelsLastEngine(HeadsEngine):
     def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[RolloutData]]:
         with fused_adam(self.policy.optimizer), super().learning(buffer, config) as learner:
             yield learner
-
-
-@contextmanager
-def fused_adam(optimizer: th.optim.Optimizer) -> Iterator[None]:
-    """
-    Within it, Adam's steps are torch's fused ones: one pass over parameters, gradients and moments instead of a dozen.
-
-    Their rounding differs from the default's.
-
-    :param optimizer: of a policy that :func:`~sb3_ppo_from_scratch.engines.inspection.adam_reason` has nothing against
-    """
-    (group,) = optimizer.param_groups
-    before = {key: group[key] for key in ("fused", "foreach")}
-    group.update(fused=True, foreach=False)
-    try:
-        yield
-    finally:
-        group.update(before)
 
 
 class FrameLoader:

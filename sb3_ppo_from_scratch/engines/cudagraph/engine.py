@@ -25,6 +25,7 @@ from sb3_ppo_from_scratch.engines.cudagraph.acting import Player
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph.learning import GraphLearner
 from sb3_ppo_from_scratch.engines.reference import HeadsEngine
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["CudaGraphEngine"]
@@ -81,7 +82,7 @@ class CudaGraphEngine(HeadsEngine):
             self._player, self._addresses = None, addresses
 
     @override
-    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         """Values and the rest stay on the device."""
         with self._products():
             if self._player is None or not self._player.fits(obs):
@@ -89,7 +90,7 @@ class CudaGraphEngine(HeadsEngine):
             return self._player.act(obs)
 
     @override
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
         with self._products():
             return super().predict_values(obs)
 

@@ -45,6 +45,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.policies import takes_masks
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, Loss, UpdateConfig, minibatch_loss
 
 __all__ = ["NumpyEngine"]
@@ -134,7 +135,7 @@ class NumpyEngine(Engine):
     # ---------------------------------------------------------------- rollout
 
     @override
-    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         if not self.is_as_acted():
             self._actor = None
         features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
@@ -196,7 +197,7 @@ class NumpyEngine(Engine):
 
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
         return th.from_numpy(self.network.forward(self.features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
 
     def features(self, obs: np.ndarray) -> np.ndarray:

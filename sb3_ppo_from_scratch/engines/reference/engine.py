@@ -24,8 +24,10 @@ from typing_extensions import override
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
 from sb3_ppo_from_scratch.distributions import UncheckedDistributions, choices, drop_graph, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
+from sb3_ppo_from_scratch.engines.reference import recurrent
 from sb3_ppo_from_scratch.errors import NonFiniteError
 from sb3_ppo_from_scratch.policies import takes_masks
+from sb3_ppo_from_scratch.recurrent import Memory, is_recurrent, sequence_minibatches
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, check_loss, minibatch_loss
 
 __all__ = ["HeadsEngine", "TorchEngine", "TorchLearner"]
@@ -48,10 +50,13 @@ class TorchEngine(Engine):
 
     @override
     @th.no_grad()
-    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> PolicyStep:
+    def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         try:
             with UncheckedDistributions():
-                actions, values, log_probs = self.sample(obs, action_masks)
+                if memory is None:
+                    actions, values, log_probs = self.sample(obs, action_masks)
+                else:
+                    actions, values, log_probs, memory = self.sample_with_memory(obs, memory)
         except RuntimeError as error:  # torch.multinomial says it with the most general class
             if "probability tensor" not in str(error):
                 raise
@@ -59,7 +64,7 @@ class TorchEngine(Engine):
         if th.isnan(log_probs).any():
             raise NonFiniteError("probabilities", NAN_MESSAGE)
         outputs = PolicyOutputs(values, log_probs, None, self.distribution)
-        return PolicyStep(actions.cpu().numpy(), values, log_probs, outputs.dist_params)
+        return PolicyStep(actions.cpu().numpy(), values, log_probs, outputs.dist_params, memory)
 
     @property
     def distribution(self) -> Distribution | None:
@@ -70,16 +75,24 @@ class TorchEngine(Engine):
         """From ``[n_envs, *obs_shape]`` to actions, values ``[n_envs, 1]`` and log-probabilities ``[n_envs]``."""
         return self.policy(obs) if action_masks is None else self.policy(obs, action_masks=action_masks)
 
+    def sample_with_memory(self, obs: PyTorchObs, memory: Memory) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
+        """Likewise of a recurrent policy, and what it remembers after the step."""
+        return recurrent.sample(self.policy, obs, memory)
+
     def evaluate(self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
         """What the policy makes of a minibatch, with gradient."""
         masks = {} if action_masks is None else {"action_masks": action_masks}
         values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **masks)
         return PolicyOutputs(values.flatten(), log_prob, entropy, self.distribution)
 
+    def evaluate_sequences(self, batch: RolloutData, actions: th.Tensor) -> PolicyOutputs:
+        """What a recurrent policy makes of a minibatch of sequences, with gradient."""
+        return recurrent.evaluate(self.policy, batch, actions)
+
     @override
     @th.no_grad()
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        return self.policy.predict_values(obs)
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
+        return self.policy.predict_values(obs) if memory is None else recurrent.predict_values(self.policy, obs, memory)
 
     @override
     @contextmanager
@@ -93,7 +106,7 @@ class TorchEngine(Engine):
 
     def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """How to draw an epoch's minibatches from ``buffer``."""
-        return minibatch_source(buffer)
+        return (sequence_minibatches if is_recurrent(self.policy) else minibatch_source)(buffer)
 
 
 class TorchLearner(Learner[RolloutData]):
@@ -118,7 +131,11 @@ class TorchLearner(Learner[RolloutData]):
     @override
     def gradient(self, batch: RolloutData) -> Gradient:
         actions = batch.actions.long().flatten() if self._is_discrete else batch.actions
-        outputs = self.engine.evaluate(batch.observations, actions, self._masks(batch) if self._takes_masks else None)
+        if is_recurrent(self.policy):
+            outputs = self.engine.evaluate_sequences(batch, actions)
+        else:
+            masks = self._masks(batch) if self._takes_masks else None
+            outputs = self.engine.evaluate(batch.observations, actions, masks)
         loss = self.engine.loss(outputs, batch, self.config)
         if self.engine.loss is not minibatch_loss:
             check_loss(loss)
@@ -181,5 +198,5 @@ class HeadsEngine(TorchEngine):
 
     @override
     @th.no_grad()
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
         return self.heads(obs)[0]

@@ -1,0 +1,104 @@
+"""
+The speed of policies with an LSTM beside sb3-contrib's ``RecurrentPPO``, on the zoo's tasks without velocities.
+
+All train in one process and take turns; a figure is the median over the rounds of RecurrentPPO's processor time per step
+divided by the other's in the same round. The figures in the README come from::
+
+    python -m benchmarks.memory --rounds 5 --save-result memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import rl_zoo3.import_envs  # noqa: F401  # registers the environments
+import torch as th
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from benchmarks.markdown import markdown_table
+from benchmarks.options import command_line
+from benchmarks.record import provenance, save_result, write_json
+from benchmarks.tasks import load_task
+from sb3_ppo_from_scratch import ScratchPPO
+
+__all__ = ["TASKS", "main", "measure", "parse_options", "table"]
+
+TASKS = ("CartPoleNoVel-v1", "PendulumNoVel-v1")
+_CONTESTANTS: dict[str, tuple[type[Any], dict[str, str]]] = {
+    "RecurrentPPO": (RecurrentPPO, {}),
+    "torch": (ScratchPPO, {"engine": "torch"}),
+    "lstm": (ScratchPPO, {"engine": "lstm"}),
+}
+
+
+def measure(env_id: str, rounds: int, scale: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """
+    :param env_id: one of :data:`TASKS`
+    :param rounds: in each of which everybody has a turn of some 4,000 steps
+    :param scale: share of them
+    :param seed: of models and environments
+    :return: per contestant, steps per second of processor time, round by round, and how many times as fast as RecurrentPPO
+    """
+    task = load_task(env_id)
+    rollout = task.n_envs * task.arguments["n_steps"]
+    steps = max(1, round(scale * 4096 / rollout)) * rollout
+    models: dict[str, Any] = {}
+    for name, (algorithm, options) in _CONTESTANTS.items():
+        env = VecNormalize(make_vec_env(env_id, task.n_envs, seed=seed), **(task.normalize or {}))
+        models[name] = algorithm(task.policy, env, seed=seed, device="cpu", **task.arguments, **options)
+        models[name].learn(rollout, log_interval=None)  # the first calls of everything
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            before = time.process_time()
+            model.learn(steps, log_interval=None, reset_num_timesteps=False)
+            speeds[name].append(steps / (time.process_time() - before))
+    ratios = {
+        name: [mine / theirs for mine, theirs in zip(own, speeds["RecurrentPPO"], strict=True)] for name, own in speeds.items()
+    }
+    return {"steps": steps, "speeds": speeds, "ratios": ratios}
+
+
+def table(record: dict[str, Any]) -> str:
+    """In Markdown: medians, with the smallest and the largest."""
+    rows = [
+        (env_id, name, f"{statistics.median(result['speeds'][name]):.0f}", _spread(ratios))
+        for env_id, result in record["tasks"].items()
+        for name, ratios in result["ratios"].items()
+    ]
+    return markdown_table(("task", "by", "steps per second", "times as fast as RecurrentPPO"), rows)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """:param argv: the command line's if ``None``"""
+    parser = command_line(
+        "benchmarks.memory", str(__doc__), out=Path("results/memory"), rounds=5, scale=1.0, seed=0, threads=1, save_result=None
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write the record."""
+    options = parse_options(argv)
+    th.set_num_threads(options.threads)
+    record = provenance("benchmarks.memory") | {
+        "tasks": {env_id: measure(env_id, options.rounds, options.scale, options.seed) for env_id in TASKS}
+    }
+    path = options.out / "memory.json"
+    write_json(path, record)
+    print(table(record))
+    save_result(options.save_result, [path])
+
+
+if __name__ == "__main__":
+    main()
