@@ -3,8 +3,12 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 CODE := sb3_ppo_from_scratch benchmarks tests docs
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# PyPI's torch for Linux brings gigabytes of CUDA, which only a machine with an NVIDIA driver can use
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+NO_GPU := [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null
 
-.PHONY: help cartpole breakout compare report throughput components test sanitize check lint format-check format type clean
+.PHONY: help cartpole breakout compare report throughput components test sanitize docs notebook wheel check lint format-check format type clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +39,16 @@ sanitize: .venv/installed ## tests of the compiled engine under the address and 
 	OMP_NUM_THREADS=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 		$(BIN)/python -m pytest -o "pythonpath=build/sanitized ." -k "not building" tests/test_compiled_engine.py $(ARGS)
 
+docs: .venv/installed ## the handbook, into docs/build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/build/html
+	@echo "open docs/build/html/index.html"
+
+notebook: .venv/installed ## run the lecture, and keep its outputs in docs/ppo_from_scratch.ipynb, about three minutes
+	$(BIN)/python docs/make_notebook.py
+
+wheel: .venv/installed ## dist/*.whl, which needs no checkout
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
 check: format-check lint type test ## everything that must pass before a commit
 
 lint: .venv/installed ## ruff's rules
@@ -57,5 +71,7 @@ clean: ## remove .venv, caches and runs
 .venv/installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard sb3_ppo_from_scratch/engines/compiled/kernel/*)
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing into .venv, once; this takes some minutes."
+	$(NO_GPU) && $(PIP) --no-deps --retries 0 --timeout 30 --index-url $(CPU_TORCH) torch || echo "torch: the default build"
+	$(PIP) -e '.[dev]'
 	touch $@

@@ -241,7 +241,7 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
 
 def summary(record: Record) -> str:
     """
-    The README's sentence about a run (``tests/test_readme.py`` compares them).
+    The handbook's sentence about a run (``tests/test_readme.py`` compares them).
 
     :param record: of a run, finished or not
     """
@@ -429,7 +429,7 @@ def main() -> None:
             sys.exit(f"breakout: there is no {path}; the same command without --picture makes it")
         record = json.loads(path.read_text(encoding="utf-8"))
         draw(record, picture)
-        print(f"wrote {picture}\nfor the README: {summary(record)}")
+        print(f"wrote {picture}\nfor docs/results.md: {summary(record)}")
         return
     if options.export is not None:
         env = _games(load_task("atari").n_envs, options.backend, options.seed)

@@ -4,7 +4,7 @@ The main job: ScratchPPO beside SB3's PPO on CartPole-v1, with rl-zoo3's hyperpa
 SB3's PPO, ScratchPPO's reference engine and the engine that ``engine="auto"`` takes learn from the same seed, one after the
 other and each in a process of its own, and are evaluated on the same episodes on the way and at the end. Prints a table,
 and writes learning curves, the models and a record of all figures. Fails if the reference did not end with SB3's bits.
-``make cartpole`` runs it; the figures in the README come from::
+``make cartpole`` runs it; the figures in ``docs/results.md`` come from::
 
     python -m benchmarks.cartpole --rounds 5 --save-result cartpole
 """
@@ -130,7 +130,7 @@ def _figures(ours: dict[int, Run], theirs: dict[int, Run], side: str) -> Record:
 
 def summary(record: Record) -> str:
     """
-    The README's sentence about a record (``tests/test_readme.py`` compares them).
+    The handbook's sentence about a record (``tests/test_readme.py`` compares them).
 
     :param record: from :func:`make_record`
     """
@@ -195,7 +195,7 @@ def main() -> int:
     for path in (curves, figures, *options.out.glob("*.zip"), *save_result(options.save_result, [curves, figures])):
         print(f"wrote {path}")
     if options.save_result is not None:
-        print(f"\nfor the README: {summary(record)}")
+        print(f"\nfor docs/results.md: {summary(record)}")
     if not record["sides"]["reference"]["same_bits_as_sb3"]:
         print("\nthe reference did not end with SB3's parameters, as it must", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
 """
 A trained agent at play, as a GIF: an episode of an agent that :mod:`benchmarks.compare` left behind.
 
-The pictures in the README come from the first two lines, with the agents that their runs had left beside the records. Agents
-are not committed; the last two train one anew and show it::
+The pictures in ``docs/results.md`` come from the first two lines, with the agents that their runs had left beside the records.
+Agents are not committed; the last two train one anew and show it::
 
     python -m benchmarks.episode --entry CartPole-v1 --every 2
     python -m benchmarks.episode --entry Breakout-500k

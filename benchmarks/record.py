@@ -61,7 +61,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def save_result(name: str | None, sources: Iterable[Path]) -> list[Path]:
     """
-    Copy what a benchmark wrote to ``benchmarks/results/``, for the README.
+    Copy what a benchmark wrote to ``benchmarks/results/``, for the README and the handbook.
 
     :param name: of the copies, which keep their endings; ``None`` for no copies
     :param sources: the files

@@ -4,7 +4,7 @@ The speed of ScratchPPO's engines beside SB3's PPO (and SBX's, where it is insta
 Every run is a process of its own, on the same hyperparameters, steps and seed. SB3 and all others take turns, and a figure is
 the median over the rounds of SB3's time divided by the other's in the same round. Where threads and kinds of environments are
 open, SB3 runs with those that are fastest for it. The floor is what nobody can do without: the environments' steps alone,
-plus the bare matrix products. ``make throughput`` runs it; the figures in the README come from::
+plus the bare matrix products. ``make throughput`` runs it; the figures in the README and ``docs/results.md`` come from::
 
     python -m benchmarks.throughput --engine numpy --engine channels_last --save-result throughput
 
@@ -189,7 +189,7 @@ def _cells(row: Record) -> list[str]:
 
 def summary(record: Record) -> str:
     """
-    The table in the README: how many times as fast as SB3, and what memory.
+    The table in ``docs/results.md``: how many times as fast as SB3, and what memory.
 
     :param record: from :func:`make_record`
     """
@@ -302,7 +302,7 @@ def main() -> None:
     for path in write_results(record, options):
         print(f"wrote {path}")
     if options.save_result is not None:
-        print(f"\nfor the README:\n{summary(record)}")
+        print(f"\nfor docs/results.md:\n{summary(record)}")
 
 
 if __name__ == "__main__":

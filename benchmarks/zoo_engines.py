@@ -1,7 +1,7 @@
 """
 Which entry of the hyperparameter file gets which engine with ``engine="auto"`` on a CPU, and why no faster one.
 
-The table in the README is what this prints::
+The table is what this prints::
 
     python -m benchmarks.zoo_engines
 

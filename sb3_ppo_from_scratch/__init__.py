@@ -8,7 +8,7 @@ from sb3_ppo_from_scratch.ppo import ScratchPPO
 from sb3_ppo_from_scratch.safe_files.models import load_vec_normalize
 from sb3_ppo_from_scratch.vec_env.failures import EnvFailedError
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 __all__ = [
     "CnnPolicy",

@@ -27,12 +27,12 @@ from benchmarks.comparison import figures, inference, one_run, tables
 from benchmarks.comparison import records as records_module
 from benchmarks.comparison.protocol import PROTOCOL, Entry
 from benchmarks.comparison.records import load_records, read_run, record_path, write_record
-from benchmarks.drawing import save_figure, subplots
+from benchmarks.drawing import subplots
 from benchmarks.evaluation import Evaluation
 from benchmarks.record import RESULTS, ROOT
 from benchmarks.tasks import HYPERPARAMETERS
+from tests.pages import TEXT, WORDS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMITTED = RESULTS / "compare"
 
 
@@ -436,13 +436,27 @@ def test_a_run_that_waited_for_its_core_is_not_compared_by_the_wall_clock() -> N
     assert [line.get_xdata()[-1] for line in axes[0, 0].lines[:2]] == [10.0, 2.0]
 
 
-def test_pictures_say_what_has_not_been_run(tmp_path: Path) -> None:
-    figure, axes = subplots(1, 1, (4, 3))
-    figures._plot_entry(axes[0, 0], "Breakout-10M", {}, "seconds")
-    assert [text.get_text() for text in axes[0, 0].texts] == ["not run yet"]
-    assert axes[0, 0].get_title() == "Breakout-10M"
-    save_figure(figure, tmp_path / "empty.png")
-    assert (tmp_path / "empty.png").exists()
+def test_pictures_show_only_what_has_been_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every panel has curves; with one seed there is no difference to draw, and the report links no such picture."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    keep(tmp_path, *(a_run(seed, side=side) for seed in (0, 1) for side in ("sb3", "fast")), a_run(0, entry="Acrobot-v1"))
+    report.write_report(load_records(tmp_path), tmp_path)
+    for name, titles in {
+        "headline.png": ["CartPole-v1 (2 seeds)"] * 2,
+        "sample_efficiency.png": ["CartPole-v1 (2 seeds)", "Acrobot-v1 (1 seed)"],
+        "training_time.png": ["CartPole-v1 (2 seeds)", "Acrobot-v1 (1 seed)"],
+    }.items():
+        panels = [axis for axis in drawn[name].axes if axis.get_visible()]
+        assert [axis.get_title() for axis in panels] == titles, name
+        assert all(axis.lines for axis in panels), name
+    assert [text.get_text() for text in drawn["headline.png"].legends[0].texts] == ["SB3 PPO", "ScratchPPO, engine numpy"]
+    assert "(differences.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+    keep(tmp_path / "one", a_run(0), a_run(0, side="fast"))
+    written = report.write_report(load_records(tmp_path / "one"), tmp_path / "one")
+    assert "differences.png" not in [path.name for path in written]
+    assert "(differences.png)" not in (tmp_path / "one" / "report.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------- end to end
@@ -587,18 +601,18 @@ def test_committed_runs_are_whole_and_of_clean_commits(records: Any) -> None:
     assert {name for name, sides in records.items() if not sides} == {"Breakout-10M"}
 
 
-def test_the_readme_says_what_the_records_say(records: Any) -> None:
-    assert tables.headline(records) in README
-    assert tables.identity(records) in " ".join(README.split())
+def test_the_handbook_says_what_the_records_say(records: Any) -> None:
+    assert tables.headline(records) in TEXT
+    assert tables.identity(records) in WORDS
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Breakout-500k"])
-def test_the_readmes_agents_are_those_of_the_records(name: str, records: Any) -> None:
+def test_the_handbooks_agents_are_those_of_the_records(name: str, records: Any) -> None:
     told = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))
     agent = told["agent"]
     trained = records[agent["entry"]][agent["side"]][agent["seed"]]
     assert agent["weights_sha256"] == trained["weights_sha256"]
-    assert f"benchmarks/results/compare/{name}.gif" in README
-    assert f"a return of {told['return']:g}" in " ".join(README.split())
+    assert f"benchmarks/results/compare/{name}.gif" in TEXT
+    assert f"a return of {told['return']:g}" in WORDS
     with Image.open(COMMITTED / f"{name}.gif") as picture:
         assert picture.n_frames > 20

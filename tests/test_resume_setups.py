@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.checkpoint.replay import CANNOT_FORK
+from tests.pages import WORDS
 from tests.resume_setups import SETUPS, Setup
 
 TOTAL = 16 * 8
@@ -110,8 +111,7 @@ def test_a_resumed_run_is_the_same_or_says_that_it_is_not(name: str, tmp_path: P
         assert len(said_at_first) == 1, "said more than once"
 
 
-def test_the_readme_counts_them() -> None:
-    text = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text().split())
+def test_the_handbook_counts_them() -> None:
     same = sum(setup.same for setup in SETUPS.values())
-    said = f"[{len(SETUPS)} set-ups](tests/resume_setups.py): {same} go on with the same bits, {len(SETUPS) - same} say"
-    assert said in text
+    said = f"[{len(SETUPS)} set-ups](../tests/resume_setups.py): {same} go on with the same bits, {len(SETUPS) - same} say"
+    assert said in WORDS

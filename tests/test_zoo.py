@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_ppo_from_scratch.zoo import SCRIPTS, hyperparams_file
@@ -442,7 +443,10 @@ def test_the_training_is_recorded_from_its_checkpoints(logs, ffmpeg_path):
 
 def test_plots(logs, tmp_path):
     pytest.importorskip("seaborn")
-    zoo("plot_train", "--algo", "scratch_ppo", "-e", "CartPole", "-f", logs, cwd=tmp_path)
+    printed = zoo("plot_train", "--algo", "scratch_ppo", "-e", "CartPole", "-f", logs, cwd=tmp_path)
+    assert "no display: wrote plot_train_1.png" in printed
+    with Image.open(tmp_path / "plot_train_1.png") as picture:
+        assert picture.width > 300
     for run in (1, 2):
         folder = tmp_path / "scratch_ppo" / f"CartPole-v1_{run}"
         folder.mkdir(parents=True)
@@ -454,6 +458,8 @@ def test_plots(logs, tmp_path):
     assert "|CartPole-v1 |102 +/- 0  |" in printed  # the last evaluations: 101, 102 and 102, 103
     zoo("plot_from_file", "-i", "gathered", "-o", "plot.svg", cwd=tmp_path)
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+    zoo("plot_from_file", "-i", "gathered", "-o", "plot.png", "--skip-timesteps", cwd=tmp_path)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")  # by its name, and not SVG all the same
 
 
 # ------------------------------------------------------------- Hugging Face Hub

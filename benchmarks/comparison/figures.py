@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from benchmarks.comparison.inference import difference, mean
+from benchmarks.comparison.inference import Estimate, difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns, paired
 from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, VERMILION, save_figure, subplots
 
-__all__ = ["Curve", "learning_curve", "plot_curves", "plot_differences"]
+__all__ = ["Curve", "learning_curve", "measured_differences", "plot_curves", "plot_differences", "titles_with_engines"]
 
 # SB3's line is wide, so that the reference shows on top where the two coincide
 _STYLES: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def plot_curves(
     records: Records, panels: Sequence[tuple[str, str]], path: Path, columns: int = 3, titles: Mapping[str, str] = SIDES
 ) -> None:
     """
-    Learning curves of all sides; an entry that has not been run is an empty panel that says so.
+    Learning curves of all sides of entries that have been run.
 
     :param records: all of them
     :param panels: an entry each, and against what: ``"steps"`` or ``"seconds"``
@@ -81,11 +81,6 @@ def plot_curves(
 def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against: str) -> None:
     entry = PROTOCOL[name]
     axis.set_title(_title(name, sides), fontsize=11)
-    if not sides:
-        axis.text(0.5, 0.5, "not run yet", transform=axis.transAxes, ha="center", va="center", fontsize=13, color="#777777")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        return
     thousands, field = against == "steps", clock(sides)
     for side, runs in sides.items():
         curve = learning_curve(runs, field)
@@ -101,18 +96,30 @@ def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against
 
 def _title(name: str, sides: dict[str, dict[int, Run]]) -> str:
     seeds = sorted({len(runs) for runs in sides.values()})
-    if not seeds:
-        return name
     count = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
     return f"{name} ({count} seed{'' if count == '1' else 's'})"
 
 
-def plot_differences(records: Records, path: Path) -> None:
+def titles_with_engines(sides: Mapping[str, Mapping[int, Run]]) -> dict[str, str]:
     """
-    Differences of final returns from SB3's PPO with their intervals, in units of the margin.
+    What the sides of one entry are called in a legend, by the engines that they used.
+
+    :param sides: runs by side and seed
+    """
+    titles = {}
+    for side, runs in sides.items():
+        run = next(iter(runs.values()))
+        engine = run.get("engine_used", run["engine"])  # older records name only what was asked for, none of them "auto"
+        suffix = {"reference": ", the reference", "native": ", native environments"}.get(side, "")
+        titles[side] = SIDES[side] if side == "sb3" else f"ScratchPPO, engine {engine}{suffix}"
+    return titles
+
+
+def measured_differences(records: Records) -> list[tuple[str, str, Estimate]]:
+    """
+    Entry, side and difference of final returns from SB3's PPO, where two seeds or more and a margin make it mean something.
 
     :param records: all of them
-    :param path: the PNG to write
     """
     pairs = {
         (name, side): paired(name, sides, side)
@@ -120,7 +127,17 @@ def plot_differences(records: Records, path: Path) -> None:
         for side in sides
         if side not in ("sb3", "reference") and PROTOCOL[name].margin
     }
-    rows = [(*who, difference(*map(final_returns, pair))) for who, pair in pairs.items() if pair[0]]
+    return [(*who, difference(*map(final_returns, pair))) for who, pair in pairs.items() if len(pair[0]) > 1]
+
+
+def plot_differences(records: Records, path: Path) -> None:
+    """
+    Differences of final returns from SB3's PPO with their intervals, in units of the margin.
+
+    :param records: with :func:`measured_differences`
+    :param path: the PNG to write
+    """
+    rows = measured_differences(records)
     figure, axes = subplots(1, 1, (10, 0.55 * len(rows) + 1.9))
     axis = axes[0, 0]
     axis.axvspan(-1, 1, color=GREY, alpha=0.2, linewidth=0)
@@ -134,8 +151,8 @@ def plot_differences(records: Records, path: Path) -> None:
         axis.plot(value, y, "o", color=color, markerfacecolor="white" if np.isnan(low) else color, markersize=8)
     labels = [f"{name}\n{'native environments' if side == 'native' else 'fast engine'}" for name, side, _ in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=10)
-    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
-    explained = "lines: 95% intervals; open circles: no interval; grey: equivalent"
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    explained = "lines: 95% intervals; open circles: every seed equal; grey: equivalent"
     axis.set_xlabel(f"difference of final return from SB3's PPO, in margins\n({explained})")
     axis.grid(axis="x", alpha=0.25)
     save_figure(figure, path)

@@ -68,7 +68,7 @@ def load_records(folder: Path) -> list[Record]:
 
 def verdict(data: Record, reset_rows: Record, products: Record) -> str:
     """
-    What the README says in a sentence (``tests/test_readme.py`` compares them).
+    What the handbook says in a sentence (``tests/test_readme.py`` compares them).
 
     :param data: of the record ``data.json``
     :param reset_rows: of ``reset_rows.json``

@@ -6,6 +6,7 @@ import argparse
 import runpy
 import sys
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from sb3_ppo_from_scratch.errors import UnsafeFileError
@@ -104,6 +105,8 @@ def _complete(script: str, arguments: list[str]) -> list[str]:
     """The arguments for the zoo's parser: checked for the algorithm, and with our hyperparameters if there are no others."""
     from rl_zoo3.utils import ALGOS
 
+    if script == "plot_from_file":
+        return _with_format(arguments)
     if "plot" in script:  # these take the name of any folder
         return arguments
     parser = _OneLineParser(prog=f"{_PROG} {script}", add_help=False)
@@ -113,3 +116,13 @@ def _complete(script: str, arguments: list[str]) -> list[str]:
     if script == "train" and known.algo == ALGO and known.conf_file is None:
         return [*arguments, "--conf-file", str(hyperparams_file())]
     return arguments
+
+
+def _with_format(arguments: list[str]) -> list[str]:
+    """The zoo writes SVG whatever the file is called; here the name says what is written."""
+    parser = _OneLineParser(add_help=False)
+    parser.add_argument("-o", "--output")
+    parser.add_argument("--format")
+    known, _ = parser.parse_known_args(arguments)
+    suffix = Path(known.output or "").suffix[1:]
+    return [*arguments, "--format", suffix] if suffix and known.format is None else arguments

@@ -31,6 +31,8 @@ def mend(script: str) -> None:
         _play_with_masks()
     if script in ("enjoy", "load_from_hub"):
         _expect_missing_hub_files()
+    if "plot" in script:
+        _write_what_no_display_shows(script)
     if script == "push_to_hub":
         _provide_model_metadata()
         _name_us_on_model_cards()
@@ -41,6 +43,26 @@ def _watch_processes() -> None:
     from rl_zoo3 import exp_manager, utils
 
     exp_manager.SubprocVecEnv = utils.SubprocVecEnv = WatchedSubprocVecEnv  # type: ignore[attr-defined]  # both import it by name
+
+
+def _write_what_no_display_shows(script: str) -> None:
+    """Without a display, matplotlib's ``show`` does nothing; the pictures go to files then, and their names are printed."""
+    from matplotlib import get_backend
+    from matplotlib import pyplot as plt
+    from matplotlib.backends.registry import BackendFilter, backend_registry
+
+    show = plt.show
+
+    def show_or_write(*args: Any, **kwargs: Any) -> None:
+        if get_backend().lower() in map(str.lower, backend_registry.list_builtin(BackendFilter.INTERACTIVE)):
+            show(*args, **kwargs)
+            return
+        for number in plt.get_fignums():
+            path = Path(f"{script}_{number}.png")
+            plt.figure(number).savefig(path)
+            print(f"no display: wrote {path}")
+
+    plt.show = show_or_write
 
 
 def trust_files() -> None:
