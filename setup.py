@@ -1,10 +1,10 @@
-"""Builds the kernel of the engine "compiled", where there is a C compiler; everything else stands in setup.cfg."""
+"""Finds the packages, and builds the kernel of the engine "compiled" where there is a C compiler; the rest is in setup.cfg."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -36,6 +36,7 @@ class WheelForAnyPython(bdist_wheel):
 
 
 setup(
+    packages=[*find_packages(include=["sb3_ppo_from_scratch*"]), "sb3_ppo_from_scratch.hyperparams"],
     ext_modules=[
         Extension(
             "sb3_ppo_from_scratch.engines.compiled._kernel",
