@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,7 @@ def in_a_process(phase: Callable[[Setup, Path], Any], setup: Setup, folder: Path
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
+        signal.alarm(120)  # one that hangs ends, and with it the parent's wait
         try:
             answer = pickle.dumps(run())
         except BaseException as error:  # noqa: BLE001  # a fork must never go on as its parent would
