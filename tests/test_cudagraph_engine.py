@@ -390,7 +390,7 @@ def test_acts_as_the_reference_does(kind: str) -> None:
         step = engine.act(obs)
         assert th.equal(th.get_rng_state(), states[-1]), "also when it rehearsed first"
         assert np.array_equal(step.actions, expected.actions)
-        for ours, theirs in zip(step[1:], expected[1:], strict=True):
+        for ours, theirs in zip(step[1:4], expected[1:4], strict=True):
             assert ours.shape == theirs.shape
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         th.testing.assert_close(engine.predict_values(obs), expected.values, rtol=1e-4, atol=1e-5)
@@ -414,10 +414,10 @@ def test_acts_in_all_action_spaces(actions: str, how: str) -> None:
 def test_what_it_returned_stays_as_it_is(how: str) -> None:
     engine = CudaGraphEngine(make_policy(actions="box-2d"))
     first = engine.act(th.zeros(4, 3))
-    copies = [first.actions.copy(), *(each.clone() for each in first[1:])]
+    copies = [first.actions.copy(), *(each.clone() for each in first[1:4])]
     engine.act(th.ones(4, 3))
     assert np.array_equal(first.actions, copies[0])
-    assert all(th.equal(a, b) for a, b in zip(first[1:], copies[1:], strict=True))
+    assert all(th.equal(a, b) for a, b in zip(first[1:4], copies[1:], strict=True))
 
 
 def test_sees_the_policy_as_it_is_now(how: str) -> None:

@@ -262,7 +262,8 @@ def test_acts_as_the_reference_does(action_space: spaces.Space, n_envs: int) -> 
     assert step.actions.shape == expected.actions.shape
     np.testing.assert_allclose(step.actions, expected.actions, rtol=1e-4, atol=1e-6)
     assert step.actions.dtype == expected.actions.dtype
-    for ours, theirs in zip(step[1:], expected[1:], strict=True):
+    assert step.memory is expected.memory is None
+    for ours, theirs in zip(step[1:4], expected[1:4], strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -274,7 +275,7 @@ def test_what_it_returns_stays_as_it_is() -> None:
     step = engine.act(th.randn(4, 5))
     before = copy.deepcopy(step)
     engine.act(th.randn(4, 5))
-    assert all(th.equal(th.as_tensor(a), th.as_tensor(b)) for a, b in zip(step, before, strict=True))
+    assert all(th.equal(th.as_tensor(a), th.as_tensor(b)) for a, b in zip(step[:4], before[:4], strict=True))
 
 
 # --------------------------------------------------------------------------------- memory
