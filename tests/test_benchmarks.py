@@ -43,7 +43,7 @@ def run_module(name: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_throughput_end_to_end(tmp_path: Path) -> None:
-    arguments = ("--pairs", "2", "--scale", "1e-9", "--only", "cartpole_zoo", "--only", "import", "--out", str(tmp_path))
+    arguments = ("--pairs", "1", "--scale", "1e-9", "--only", "cartpole_zoo", "--only", "import", "--out", str(tmp_path))
     printed = run_module("throughput", *arguments)
     record = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
     assert record["versions"].keys() >= {"torch", "stable-baselines3"}
@@ -55,7 +55,7 @@ def test_throughput_end_to_end(tmp_path: Path) -> None:
     assert ("torch", "dummy") in ran
     assert {engine for engine, _ in ran} >= {"numpy", FASTEST} & set(ENGINE_NAMES)
     for row in case["contestants"]:
-        assert len(row["seconds"]) == 2
+        assert len(row["seconds"]) == 1
         assert min(row["seconds"]) > 0
         assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
         assert row["floor_seconds"].keys() == {"environments", "products"}
