@@ -35,7 +35,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from sb3_ppo_from_scratch import MlpPolicy, ResumableCheckpoint, ScratchPPO, has_checkpoint
-from sb3_ppo_from_scratch.distributed import health, rank
+from sb3_ppo_from_scratch.distributed import group, group_of, health, rank
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import UpdateConfig, minibatch_loss
 from tests.runs import rows
@@ -252,6 +252,38 @@ def refused(folder: Path) -> list[str]:
     return said
 
 
+def sums(folder: Path) -> list[th.Tensor]:
+    """Of vectors that need more and more memory, without what they should be; at last there is no memory, and they are sent."""
+    ranks: Any = group_of(data_parallel=True)
+    found = []
+    for n, dtype in (
+        (1, th.float64),
+        (3, th.float32),
+        (3000, th.float32),
+        (300_000, th.float32),
+        (20, th.float64),
+        (400_000, th.float64),
+    ):
+        if n == 400_000:
+            no_shared_memory()
+        rows = th.randn(2, n, dtype=dtype, generator=th.Generator().manual_seed(n))
+        vector = rows[ranks.rank].clone()
+        ranks.sum(vector)
+        assert (ranks._room is not None) == (n < 400_000)
+        found.append(vector - (rows[0] + rows[1]))
+    return found
+
+
+def no_shared_memory() -> None:
+    """From now on, as on two machines."""
+    group.make_memory = lambda n_bytes: None
+
+
+def by_connection(task: Callable[[], Any]) -> Any:
+    no_shared_memory()
+    return task()
+
+
 def run(run_folder: Path, is_killed: bool = False, total_timesteps: int = 6 * 128) -> Any:
     """Begin or resume, with everything that a checkpoint holds."""
     env: VecEnv = VecNormalize(make_vec_env("CartPole-v1", 4, monitor_dir=str(run_folder), start_index=4 * rank()))
@@ -282,6 +314,9 @@ TASKS: dict[str, Callable[[Path], Any]] = {
     "evaluating": lambda folder: with_deed(lambda: time.sleep(2 * health.PATIENCE), of_rank=0),
     "stuck": stuck,
     "refused": refused,
+    "sums": sums,
+    "connected": lambda folder: by_connection(lambda: learn(folder)),
+    "killed_elsewhere": lambda folder: by_connection(lambda: with_deed(lambda: os.kill(os.getpid(), signal.SIGKILL))),
     "whole": lambda folder: run(folder / "whole"),
     "begun": lambda folder: run(folder / "begun", is_killed=True),
     "resumed": lambda folder: run(folder / "begun"),

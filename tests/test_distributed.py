@@ -41,8 +41,21 @@ def left_by(folder: Path, task: str) -> list[Any]:
 
 
 TASKS = [
-    *("float32", "float64", "numpy", "one_minibatch", "reset_rows", "images", "normalized", "skipped", "stopped", "refused"),
-    *("raised+killed", "frozen+stuck+evaluating", "whole+begun", "resumed"),
+    *(
+        "float32",
+        "float64",
+        "numpy",
+        "one_minibatch",
+        "reset_rows",
+        "images",
+        "normalized",
+        "skipped",
+        "stopped",
+        "refused",
+        "sums",
+        "connected",
+    ),
+    *("raised+killed+killed_elsewhere", "frozen+stuck+evaluating", "whole+begun", "resumed"),
 ]
 
 
@@ -74,6 +87,13 @@ def test_all_ranks_have_the_same_policy_after_every_update(folder: Path, task: s
         assert not th.equal(mine["data"][1], yours["data"][1]), "each rank has environments and noise of its own"
     assert ours["num_timesteps"] == theirs["num_timesteps"]
     assert ours["episodes"] == theirs["episodes"]
+
+
+def test_sums_are_the_same_with_and_without_shared_memory(folder: Path) -> None:
+    assert [len(rest) for rest in left_by(folder, "sums")[0]] == [1, 3, 3000, 300_000, 20, 400_000]
+    assert all(not rest.any() for found in left_by(folder, "sums") for rest in found)
+    for shared, connected in zip(left_by(folder, "float32"), left_by(folder, "connected"), strict=True):
+        assert same(shared["updates"][-1]["after"], connected["updates"][-1]["after"])
 
 
 class Together:
@@ -263,6 +283,7 @@ def test_a_fault_of_one_rank_ends_all_and_is_named(folder: Path) -> None:
     tasks = {
         "raised": "rank 1 ended with LookupError: a fault of the user's",
         "killed": "rank 1 has ended: there is no process",
+        "killed_elsewhere": "rank 1 has ended: there is no process",
         "frozen": "rank 1 has given no sign of life",
         "stuck": "rank 1 has not got on for 3 seconds, at .* in step, and was ended",
     }

@@ -18,6 +18,7 @@ import torch as th
 from torch import distributed as dist
 
 from sb3_ppo_from_scratch.distributed.health import Health
+from sb3_ppo_from_scratch.distributed.shared_memory import Room, make_memory, open_memory
 
 __all__ = ["ALONE", "Group", "group_of", "n_processes", "rank", "rank_folder"]
 
@@ -104,13 +105,32 @@ class _ProcessGroup(Group):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._by_device = {"cpu": dist.new_group(backend="gloo", timeout=_FOR_EVER)}
         self._health = Health(self.rank, self.size)
-        self.gather(None)  # from now on everybody's health can be asked for
+        machines = self.gather(self._health.machine)  # from now on everybody's health can be asked for
+        self._shares_memory = all(machine == self._health.machine for machine in machines)
+        self._room: Room | None = None
 
     def sum(self, vector: th.Tensor) -> None:
         device = vector.device.type
+        if device == "cpu" and (room := self._room_for(vector.numel() * vector.element_size())):
+            with self._health.waiting() as check:
+                room.sum(vector, check)
+            return
         if device not in self._by_device:  # all ranks get here at the same time
             self._by_device[device] = dist.new_group(backend=dist.get_default_backend_for_device(device))
         self._wait(dist.all_reduce(vector, group=self._by_device[device], async_op=True), device)
+
+    def _room_for(self, n_bytes: int) -> Room | None:
+        """Shared memory for a vector, or ``None``: the same on all ranks, which ask at the same time."""
+        if self._shares_memory and (self._room is None or self._room.capacity < n_bytes):
+            capacity = max(_BLOCK, 1 << (n_bytes - 1).bit_length())
+            made = make_memory(Room.bytes_for(self.size, capacity)) if self.rank == 0 else None
+            path = self.gather(made and made[0])[0]
+            memory = open_memory(path) if path else None
+            self._shares_memory = all(self.gather(memory is not None))
+            self._room = Room(memory, self.rank, self.size) if self._shares_memory and memory else None
+            if made:
+                os.close(made[1])
+        return self._room
 
     def gather(self, value: Any) -> list[Any]:
         data = pickle.dumps(value)

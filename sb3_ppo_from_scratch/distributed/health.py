@@ -63,6 +63,8 @@ class Health:
         store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # all kinds of stores have it
         self.store = distributed_c10d.PrefixStore("scratch_ppo", store)
         self.rank, self.size = rank, size
+        self.machine = _MACHINE
+        """Processes for which it is equal may ask for each other by number, and share memory."""
         self.round = 0
         """Counts trainings, so that an old one's words are not taken for a new one's."""
         self.n_waits = 0
