@@ -253,7 +253,7 @@ def refused(folder: Path) -> list[str]:
 
 
 def sums(folder: Path) -> list[th.Tensor]:
-    """Of vectors that need more and more memory, without what they should be; at last there is no memory, and they are sent."""
+    """Of vectors that need more and more memory, less what they should be; at last there is none, and they are sent."""
     ranks: Any = group_of(data_parallel=True)
     found = []
     for n, dtype in (
