@@ -103,9 +103,11 @@ def select_rows(distribution: Distribution, rows: th.Tensor) -> Distribution:
             return Normal(part.loc[rows], part.scale[rows])
         return type(part)(logits=part.logits[rows]) if isinstance(part, Categorical | Bernoulli) else part
 
-    inner = distribution.distribution
     chosen = copy.copy(distribution)
-    chosen.distribution = [select(part) for part in inner] if isinstance(inner, list) else select(inner)
+    for name in ("distribution", "distributions"):  # the second is that of maskable ones of several parts
+        inner = getattr(distribution, name, None)
+        if inner is not None:
+            setattr(chosen, name, [select(part) for part in inner] if isinstance(inner, list) else select(inner))
     return chosen
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 __all__ = [
     "MASKABLE",
+    "MASKABLE_RECURRENT",
     "RECURRENT",
     "CnnPolicy",
     "MlpPolicy",
@@ -44,9 +45,17 @@ RECURRENT = {
 """Policies that remember, by an LSTM: sb3-contrib's classes, by module and name."""
 
 
+MASKABLE_RECURRENT = {
+    "MaskableMlpLstmPolicy": "sb3_ppo_from_scratch.recurrent.maskable:MaskableMlpLstmPolicy",
+    "MaskableCnnLstmPolicy": "sb3_ppo_from_scratch.recurrent.maskable:MaskableCnnLstmPolicy",
+    "MaskableMultiInputLstmPolicy": "sb3_ppo_from_scratch.recurrent.maskable:MaskableMultiInputLstmPolicy",
+}
+"""Both at once: ours, on sb3-contrib's, by module and name."""
+
+
 def import_policy(where: str) -> Any:
     """
-    One of sb3-contrib's policies, which is imported for those who ask for one.
+    A policy that needs sb3-contrib, which is imported for those who ask for one.
 
     :param where: its module and its name, as in :data:`MASKABLE`
     :raises ModuleNotFoundError: if sb3-contrib is not installed
@@ -56,7 +65,7 @@ def import_policy(where: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this policy is sb3-contrib's, which is not installed ({error}): pip install 'sb3-ppo-from-scratch[contrib]'"
+            f"this policy needs sb3-contrib, which is not installed ({error}): pip install 'sb3-ppo-from-scratch[contrib]'"
         ) from error
 
 

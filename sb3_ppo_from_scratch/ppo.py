@@ -46,6 +46,7 @@ from sb3_ppo_from_scratch.evaluation import mask_evaluation
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.policies import (
     MASKABLE,
+    MASKABLE_RECURRENT,
     RECURRENT,
     CnnPolicy,
     MlpPolicy,
@@ -92,7 +93,8 @@ class ScratchPPO(RolloutAlgorithm):
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, ``"SharedMlpPolicy"``; for masks of invalid
         actions ``"MaskableMlpPolicy"``, ``"MaskableCnnPolicy"``, ``"MaskableMultiInputPolicy"``, and with the memory of an
-        LSTM ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; or a policy class
+        LSTM ``"MlpLstmPolicy"``, ``"CnnLstmPolicy"``, ``"MultiInputLstmPolicy"``, which are sb3-contrib's; with both
+        ``"MaskableMlpLstmPolicy"``, ``"MaskableCnnLstmPolicy"``, ``"MaskableMultiInputLstmPolicy"``; or a policy class
     :param env: a Gymnasium environment or vector environment, a ``VecEnv``, or the name of a registered environment
     :param learning_rate: Adam's step size, at least 0; or a schedule
     :param n_steps: steps per environment and rollout; a rollout holds ``n_steps * n_envs`` transitions
@@ -148,6 +150,7 @@ class ScratchPPO(RolloutAlgorithm):
         "SharedMlpPolicy": SharedMlpPolicy,
         **MASKABLE,
         **RECURRENT,
+        **MASKABLE_RECURRENT,
     }
     """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)

@@ -107,6 +107,14 @@ def images(folder: Path) -> Any:
     return recorded(Recording("CnnPolicy", env, engine="channels_last", **kwargs).learn(64))
 
 
+def masked_lstm(folder: Path) -> Any:
+    """Masks, a memory, and minibatches of sequences."""
+    from tests.test_masks import make
+
+    kwargs = {**SMALL, "policy_kwargs": {"lstm_hidden_size": 8}}
+    return recorded(Recording("MaskableMlpLstmPolicy", make(4), engine="lstm", **kwargs).learn(3 * 128))
+
+
 class KeepObservations(BaseCallback):
     """What the environments send, before it is normalized."""
 
@@ -305,6 +313,7 @@ TASKS: dict[str, Callable[[Path], Any]] = {
     "one_minibatch": lambda folder: learn(folder, engine="numpy", batch_size=128),
     "reset_rows": reset_rows,
     "images": images,
+    "masked_lstm": masked_lstm,
     "normalized": normalized,
     "skipped": skipped,
     "stopped": lambda folder: with_deed(lambda: False),

@@ -48,6 +48,7 @@ TASKS = [
         "one_minibatch",
         "reset_rows",
         "images",
+        "masked_lstm",
         "normalized",
         "skipped",
         "stopped",
@@ -75,7 +76,9 @@ def same(a: dict[str, th.Tensor], b: dict[str, th.Tensor]) -> bool:
     return all(th.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("task", ["float32", "float64", "numpy", "one_minibatch", "reset_rows", "images", "normalized"])
+@pytest.mark.parametrize(
+    "task", ["float32", "float64", "numpy", "one_minibatch", "reset_rows", "images", "masked_lstm", "normalized"]
+)
 def test_all_ranks_have_the_same_policy_after_every_update(folder: Path, task: str) -> None:
     ours, theirs = left_by(folder, task)
     assert len(ours["updates"]) == len(theirs["updates"]) >= 2

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from benchmarks import breakout, cartpole, soak, throughput
+from benchmarks import breakout, cartpole, processes, soak, throughput
 from benchmarks.comparison import tables
 from benchmarks.comparison.records import load_records
 from benchmarks.fast_path import report as fast_path
@@ -90,6 +90,13 @@ def test_speeds_are_those_measured() -> None:
             assert row["ratio"]["median"] == pytest.approx(statistics.median(ratios), rel=2e-3)
             assert row["ratio"]["min"] == pytest.approx(min(ratios), rel=2e-3)
             assert row["ratio"]["max"] == pytest.approx(max(ratios), rel=2e-3)
+
+
+def test_what_several_processes_bring() -> None:
+    record = json.loads((RESULTS / "processes.json").read_text(encoding="utf-8"))
+    assert processes.table(record) in TEXT
+    assert (record["rounds"], record["scale"]) == (5, 1.0)
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
 
 
 def test_the_front_page_has_the_figures_of_the_record() -> None:

@@ -69,6 +69,8 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("sb3_contrib.common.recurrent.policies",
             ("RecurrentActorCriticPolicy", "RecurrentActorCriticCnnPolicy", "RecurrentMultiInputActorCriticPolicy"), NAMED,
             "policy_class"),
+    Allowed("sb3_ppo_from_scratch.recurrent.maskable",
+            ("MaskableMlpLstmPolicy", "MaskableCnnLstmPolicy", "MaskableMultiInputLstmPolicy"), NAMED, "policy_class"),
     Allowed("stable_baselines3.common.torch_layers", ("FlattenExtractor", "NatureCNN", "CombinedExtractor"), NAMED,
             "policy_kwargs: features_extractor_class"),
     Allowed("torch.nn.modules.activation", _ACTIVATIONS, NAMED, "policy_kwargs: activation_fn"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
@@ -24,9 +25,9 @@ from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.engines.adam import fused_adam
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.lstm.sequences import SequenceRunner
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
-from sb3_ppo_from_scratch.policies import RECURRENT, imported
-from sb3_ppo_from_scratch.recurrent import Memory, is_recurrent
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine, apply_masks
+from sb3_ppo_from_scratch.policies import MASKABLE_RECURRENT, RECURRENT, imported
+from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, PolicyOutputs, UpdateConfig
 
 __all__ = ["LstmEngine", "cell_step"]
@@ -37,7 +38,8 @@ States = tuple[th.Tensor, ...]
 
 class LstmEngine(TorchEngine):
     """
-    sb3-contrib's own recurrent policies on CPU, with Adam or AdamW. Equal to the reference up to rounding.
+    Recurrent policies, sb3-contrib's and ours that take masks, on CPU, with Adam or AdamW. Equal to the reference up to
+    rounding.
 
     Dropout between an LSTM's layers is left to the reference: other calls draw other numbers.
     """
@@ -48,8 +50,8 @@ class LstmEngine(TorchEngine):
     @classmethod
     @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
-        if not is_recurrent(policy) or type(policy) not in map(imported, RECURRENT.values()):
-            return f"the policy must be one of sb3-contrib's with an LSTM, not {type(policy).__name__}"
+        if type(policy) not in map(imported, (RECURRENT | MASKABLE_RECURRENT).values()):
+            return f"the policy must be one with an LSTM, sb3-contrib's or ours, not {type(policy).__name__}"
         if name := replaced_method(policy):
             return f"the policy's {name} was replaced"
         if has_hooks(policy):
@@ -63,8 +65,11 @@ class LstmEngine(TorchEngine):
         return adam_reason(policy.optimizer, policy.parameters())
 
     @override
-    def sample_with_memory(self, obs: PyTorchObs, memory: Memory) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
+    def sample_with_memory(
+        self, obs: PyTorchObs, memory: Memory, action_masks: np.ndarray | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
         values, distribution, states = self._step(obs, memory)
+        apply_masks(distribution, action_masks)
         actions = distribution.get_actions()
         log_probs = distribution.log_prob(actions)
         actions = actions.reshape(-1, *self.policy.action_space.shape)  # type: ignore[misc]  # no Dict
@@ -81,9 +86,12 @@ class LstmEngine(TorchEngine):
         return _heads(self.policy, obs, cell_step, memory.states * (1.0 - memory.starts)[:, None])
 
     @override
-    def evaluate_sequences(self, batch: RolloutData, actions: th.Tensor) -> PolicyOutputs:
+    def evaluate_sequences(
+        self, batch: RolloutData, actions: th.Tensor, action_masks: th.Tensor | None = None
+    ) -> PolicyOutputs:
         run = SequenceRunner(batch)
         values, distribution, _ = _heads(self.policy, batch.observations, run, run.states)
+        apply_masks(distribution, action_masks)
         return PolicyOutputs(values.flatten(), distribution.log_prob(actions), distribution.entropy(), distribution)
 
     @override

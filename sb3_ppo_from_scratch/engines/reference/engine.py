@@ -30,7 +30,7 @@ from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.recurrent import Memory, is_recurrent, sequence_minibatches
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, check_loss, minibatch_loss
 
-__all__ = ["HeadsEngine", "TorchEngine", "TorchLearner"]
+__all__ = ["HeadsEngine", "TorchEngine", "TorchLearner", "apply_masks"]
 
 Minibatches = Callable[[int], Iterator[RolloutData]]
 """From a batch size to one epoch's minibatches."""
@@ -56,7 +56,7 @@ class TorchEngine(Engine):
                 if memory is None:
                     actions, values, log_probs = self.sample(obs, action_masks)
                 else:
-                    actions, values, log_probs, memory = self.sample_with_memory(obs, memory)
+                    actions, values, log_probs, memory = self.sample_with_memory(obs, memory, action_masks)
         except RuntimeError as error:  # torch.multinomial says it with the most general class
             if "probability tensor" not in str(error):
                 raise
@@ -73,21 +73,24 @@ class TorchEngine(Engine):
 
     def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """From ``[n_envs, *obs_shape]`` to actions, values ``[n_envs, 1]`` and log-probabilities ``[n_envs]``."""
-        return self.policy(obs) if action_masks is None else self.policy(obs, action_masks=action_masks)
+        return self.policy(obs, **_given(action_masks))
 
-    def sample_with_memory(self, obs: PyTorchObs, memory: Memory) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
+    def sample_with_memory(
+        self, obs: PyTorchObs, memory: Memory, action_masks: np.ndarray | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
         """Likewise of a recurrent policy, and what it remembers after the step."""
-        return recurrent.sample(self.policy, obs, memory)
+        return recurrent.sample(self.policy, obs, memory, **_given(action_masks))
 
     def evaluate(self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
         """What the policy makes of a minibatch, with gradient."""
-        masks = {} if action_masks is None else {"action_masks": action_masks}
-        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **masks)
+        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **_given(action_masks))
         return PolicyOutputs(values.flatten(), log_prob, entropy, self.distribution)
 
-    def evaluate_sequences(self, batch: RolloutData, actions: th.Tensor) -> PolicyOutputs:
+    def evaluate_sequences(
+        self, batch: RolloutData, actions: th.Tensor, action_masks: th.Tensor | None = None
+    ) -> PolicyOutputs:
         """What a recurrent policy makes of a minibatch of sequences, with gradient."""
-        return recurrent.evaluate(self.policy, batch, actions)
+        return recurrent.evaluate(self.policy, batch, actions, action_masks)
 
     @override
     @th.no_grad()
@@ -107,6 +110,20 @@ class TorchEngine(Engine):
     def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """How to draw an epoch's minibatches from ``buffer``."""
         return (sequence_minibatches if is_recurrent(self.policy) else minibatch_source)(buffer)
+
+
+def _given(action_masks: Any) -> dict[str, Any]:
+    """As an argument for policies that take masks."""
+    return {} if action_masks is None else {"action_masks": action_masks}
+
+
+def apply_masks(distribution: Distribution, action_masks: Any) -> None:
+    """
+    :param distribution: a maskable policy's
+    :param action_masks: ``[n, n_choices]``; ``None`` for no mask, with any policy
+    """
+    if action_masks is not None:
+        distribution.apply_masking(action_masks)  # type: ignore[attr-defined]  # a maskable policy's has it
 
 
 class TorchLearner(Learner[RolloutData]):
@@ -131,10 +148,10 @@ class TorchLearner(Learner[RolloutData]):
     @override
     def gradient(self, batch: RolloutData) -> Gradient:
         actions = batch.actions.long().flatten() if self._is_discrete else batch.actions
+        masks = self._masks(batch) if self._takes_masks else None
         if is_recurrent(self.policy):
-            outputs = self.engine.evaluate_sequences(batch, actions)
+            outputs = self.engine.evaluate_sequences(batch, actions, masks)
         else:
-            masks = self._masks(batch) if self._takes_masks else None
             outputs = self.engine.evaluate(batch.observations, actions, masks)
         loss = self.engine.loss(outputs, batch, self.config)
         if self.engine.loss is not minibatch_loss:
@@ -192,8 +209,7 @@ class HeadsEngine(TorchEngine):
 
     def _masked_heads(self, obs: PyTorchObs, action_masks: Any) -> tuple[th.Tensor, Distribution]:
         values, distribution = self.heads(obs)
-        if action_masks is not None:
-            distribution.apply_masking(action_masks)  # type: ignore[attr-defined]  # a maskable policy's has it
+        apply_masks(distribution, action_masks)
         return values, distribution
 
     @override

@@ -19,14 +19,15 @@ from sb3_ppo_from_scratch.update import PolicyOutputs
 __all__ = ["evaluate", "predict_values", "sample"]
 
 
-def sample(policy: Any, obs: PyTorchObs, memory: Memory) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
+def sample(policy: Any, obs: PyTorchObs, memory: Memory, **masks: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
     """
     :param policy: recurrent
     :param obs: ``[n_envs, *obs_shape]`` or a dict of such
     :param memory: before the step
+    :param masks: ``action_masks``, for a policy that takes them
     :return: actions, values ``[n_envs, 1]``, log-probabilities ``[n_envs]``, the memory after the step
     """
-    actions, values, log_probs, after = policy(obs, _states(memory), memory.starts)
+    actions, values, log_probs, after = policy(obs, _states(memory), memory.starts, **masks)
     states = after.pi if len(memory.states) == 2 else (*after.pi, *after.vf)
     return actions, values, log_probs, Memory(th.stack(states), th.zeros_like(memory.starts))
 
@@ -36,11 +37,12 @@ def predict_values(policy: Any, obs: PyTorchObs, memory: Memory) -> th.Tensor:
     return policy.predict_values(obs, memory.critic, memory.starts)
 
 
-def evaluate(policy: Any, batch: RolloutData, actions: th.Tensor) -> PolicyOutputs:
+def evaluate(policy: Any, batch: RolloutData, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
     """
     :param policy: recurrent
     :param batch: B transitions in the order of time
     :param actions: ``[B, ...]``
+    :param action_masks: ``[B, n_choices]``, for a policy that takes them
     :return: of the B transitions, with gradient
     """
     sequences = Sequences.beginning_at(batch.extras[SEQUENCE_STARTS])
@@ -49,12 +51,14 @@ def evaluate(policy: Any, batch: RolloutData, actions: th.Tensor) -> PolicyOutpu
         observations = {key: sequences.padded(rows) for key, rows in observations.items()}
     else:
         observations = sequences.padded(observations)
+    masks = {} if action_masks is None else {"action_masks": sequences.padded(action_masks)}
     states = batch.extras[LSTM_STATES][sequences.first].movedim(0, 2).contiguous()  # [n_states, n_layers, n_seq, hidden_size]
     values, log_prob, entropy = policy.evaluate_actions(
         observations,
         sequences.padded(actions),
         _states(Memory(states, batch.extras[EPISODE_STARTS])),
         sequences.padded(batch.extras[EPISODE_STARTS]),
+        **masks,
     )
     places = sequences.places
     entropy = None if entropy is None else entropy[places]
