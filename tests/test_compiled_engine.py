@@ -469,19 +469,16 @@ def test_an_import_does_not_load_it() -> None:
     assert printed.strip() == "False"
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", None], ids=["no compiler", "a compiler"])
-def test_building(compiler: str | None, tmp_path: Path) -> None:
-    """Without a compiler that works there is no library, and no error."""
-    if compiler is None and shutil.which("cc") is None:
-        pytest.skip("no C compiler")
+def test_without_a_compiler_there_is_no_library_and_no_error(tmp_path: Path) -> None:
+    """What a compiler builds is in the wheel, see ``test_package.py``."""
     pytest.importorskip("setuptools", "70.1")
     copied = tmp_path / "sb3_ppo_from_scratch"
     shutil.copytree(ROOT / "sb3_ppo_from_scratch", copied, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "hyperparams", tmp_path / "hyperparams")
-    environment = {**os.environ, **({} if compiler is None else {"CC": compiler}), "CFLAGS": "-O0 -g0"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "CC": "/bin/false"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (copied / "engines" / "compiled" / "_kernel.so").exists() == (compiler is None)
+    assert not (copied / "engines" / "compiled" / "_kernel.so").exists()

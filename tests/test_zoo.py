@@ -493,23 +493,6 @@ def test_a_model_goes_to_the_hub_and_back(with_statistics, logs, normalized, ffm
     assert listed.strip() == "{'scratch_ppo-CartPole-v1': ('scratch_ppo', 'CartPole-v1')}"
 
 
-# ------------------------------------------------------------- installed
-
-
-@pytest.mark.slow
-def test_an_installed_package_finds_its_hyperparameters(tmp_path):
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "runs", "tests", "benchmarks", "*.egg-info")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    (source / "README.md").touch()
-    target = tmp_path / "installed"
-    pip = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "--target", target)
-    python(*pip, source, cwd=tmp_path)
-    shutil.rmtree(source)
-    found = "import sb3_ppo_from_scratch.zoo as zoo; print(zoo.hyperparams_file()); assert zoo.hyperparams_file().is_file()"
-    assert python("-c", found, cwd=tmp_path, path=[target]).startswith(str(target))
-
-
 # ---------------------------------------------------- several processes
 
 
