@@ -119,3 +119,18 @@ def test_the_handbook_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compute_gae" in (tmp_path / "api.html").read_text("utf-8")
+
+
+def test_the_errors_that_users_meet_are_raised() -> None:
+    """In the words of the headings, or as classes of these names."""
+    sources = [path.read_text("utf-8") for path in (ROOT / "sb3_ppo_from_scratch").rglob("*.py")]
+    # messages run over lines of strings, and have their varying parts in braces
+    code = re.sub(r'["\']\s*\n\s*f?["\']', "", "\n".join(sources))
+    headings = re.findall(r"^## (.*)$", PAGES["docs/faq.md"], re.M)
+    quoted = [quote for heading in headings for quote in re.findall(r"`([^`]+)`", heading)]
+    assert len(quoted) >= 10
+    for quote in quoted:
+        for part in filter(None, (part.strip(" :.()") for part in quote.split("..."))):
+            assert part in code or part.startswith("Using the engine"), (quote, part)
+    for name in (name for heading in headings for name in re.findall(r"\w+Error\b", heading)):
+        assert f"class {name}(" in code, name
