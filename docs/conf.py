@@ -1,5 +1,11 @@
 """How Sphinx builds the handbook: ``make docs``."""
 
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
 from sb3_ppo_from_scratch import __version__
 
 project = "ScratchPPO"
@@ -17,8 +23,22 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "mixed"
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "ScratchPPO"
 html_show_sourcelink = False
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
+
+
+def setup(app: Sphinx) -> None:
+    """Formulas are drawn by the browser itself, from MathML: Sphinx's own way loads a program from elsewhere at reading."""
+
+    def draw(display: str) -> Any:
+        def visit(writer: Any, node: nodes.Element) -> None:
+            writer.body.append(convert(node.astext(), display=display))
+            raise nodes.SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", draw("inline"), draw("block"))

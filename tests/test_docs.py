@@ -119,6 +119,9 @@ def test_the_handbook_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compute_gae" in (tmp_path / "api.html").read_text("utf-8")
+    lecture = (tmp_path / "ppo_from_scratch.html").read_text("utf-8")
+    assert lecture.count("<math") > 15
+    assert "https://" not in "".join(re.findall(r"<(?:script|link)\b[^>]*>", lecture)), "reading it needs no network"
 
 
 def test_the_errors_that_users_meet_are_raised() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from typing import Any
 
 import pytest
 
-from benchmarks import breakout, cartpole, processes, soak, throughput
+from benchmarks import breakout, cartpole, memory, processes, soak, throughput
 from benchmarks.comparison import tables
 from benchmarks.comparison.records import load_records
 from benchmarks.fast_path import report as fast_path
@@ -92,10 +93,12 @@ def test_speeds_are_those_measured() -> None:
             assert row["ratio"]["max"] == pytest.approx(max(ratios), rel=2e-3)
 
 
-def test_what_several_processes_bring() -> None:
-    record = json.loads((RESULTS / "processes.json").read_text(encoding="utf-8"))
-    assert processes.table(record) in TEXT
-    assert (record["rounds"], record["scale"]) == (5, 1.0)
+@pytest.mark.parametrize("benchmark", [processes, memory], ids=["processes", "memory"])
+def test_tables_of_a_page_are_those_of_the_record(benchmark: Any) -> None:
+    record = json.loads((RESULTS / f"{benchmark.__name__.rpartition('.')[2]}.json").read_text(encoding="utf-8"))
+    assert benchmark.table(record).strip() in TEXT
+    assert "--rounds 5" in record["command"]
+    assert "--scale" not in record["command"]
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]), "measured on a commit, not on changes to one"
 
 
