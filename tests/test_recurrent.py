@@ -410,7 +410,7 @@ def test_more_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="batch_size=200 is larger than the rollout of n_steps \\* n_envs = 64 transitions"):
         ScratchPPO("MlpLstmPolicy", CARTPOLE(), n_steps=32, batch_size=200)
     monkeypatch.setitem(sys.modules, "sb3_contrib.common.recurrent.policies", None)
-    with pytest.raises(ModuleNotFoundError, match=r"sb3-contrib's, which is not installed .*: pip install .*\[contrib\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs sb3-contrib, which is not installed .*: pip install .*\[contrib\]"):
         ScratchPPO("MlpLstmPolicy", CARTPOLE())
 
 
