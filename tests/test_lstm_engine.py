@@ -218,5 +218,7 @@ def test_what_it_leaves_to_the_reference() -> None:
     policy._process_sequence = RecurrentActorCriticPolicy._process_sequence  # type: ignore[method-assign]  # by the user
     assert "_process_sequence was replaced" in refusal(policy)
     assert "float32" in refusal(make_policy().double())
-    with pytest.raises(ValueError, match=r"engine='lstm' .* must be one with an LSTM, sb3-contrib's or ours, not ActorCriticPolicy"):
+    with pytest.raises(
+        ValueError, match=r"engine='lstm' .* must be one with an LSTM, sb3-contrib's or ours, not ActorCriticPolicy"
+    ):
         ScratchPPO("MlpPolicy", "CartPole-v1", engine="lstm")
