@@ -2,7 +2,7 @@
 The speed of policies with an LSTM beside sb3-contrib's ``RecurrentPPO``, on the zoo's tasks without velocities.
 
 All train in one process and take turns; a figure is the median over the rounds of RecurrentPPO's processor time per step
-divided by the other's in the same round. The figures in the README come from::
+divided by the other's in the same round. The figures in the handbook come from::
 
     python -m benchmarks.memory --rounds 5 --save-result memory
 """

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "UncheckedDistributions",
+    "apply_masks",
     "choices",
     "distribution_parameters",
     "drop_graph",
@@ -52,6 +53,15 @@ def choices(space: spaces.Space) -> list[int]:
     raise ValueError(
         f"actions can be masked in a Discrete, MultiDiscrete or MultiBinary space of one dimension, not in {space}"
     )
+
+
+def apply_masks(distribution: Distribution, action_masks: Any) -> None:
+    """
+    :param distribution: a maskable policy's
+    :param action_masks: ``[batch_size, n_choices]``; ``None`` for no mask, with any policy
+    """
+    if action_masks is not None:
+        distribution.apply_masking(action_masks)  # type: ignore[attr-defined]  # a maskable policy's has it
 
 
 def distribution_parameters(distribution: Distribution | None) -> th.Tensor | None:

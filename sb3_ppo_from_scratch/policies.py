@@ -27,6 +27,7 @@ __all__ = [
     "SharedMlpPolicy",
     "import_policy",
     "imported",
+    "mask_argument",
     "takes_masks",
 ]
 
@@ -43,7 +44,6 @@ RECURRENT = {
     "MultiInputLstmPolicy": "sb3_contrib.common.recurrent.policies:RecurrentMultiInputActorCriticPolicy",
 }
 """Policies that remember, by an LSTM: sb3-contrib's classes, by module and name."""
-
 
 MASKABLE_RECURRENT = {
     "MaskableMlpLstmPolicy": "sb3_ppo_from_scratch.recurrent.maskable:MaskableMlpLstmPolicy",
@@ -64,6 +64,8 @@ def import_policy(where: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "sb3_contrib":
+            raise
         raise ModuleNotFoundError(
             f"this policy needs sb3-contrib, which is not installed ({error}): pip install 'sb3-ppo-from-scratch[contrib]'"
         ) from error
@@ -80,6 +82,11 @@ def takes_masks(policy_class: type) -> bool:
     """Whether policies of a class choose among the actions that a mask allows, as sb3-contrib's maskable ones do."""
     forward = getattr(policy_class, "forward", None)
     return forward is not None and "action_masks" in inspect.signature(forward).parameters
+
+
+def mask_argument(action_masks: Any) -> dict[str, Any]:
+    """A keyword argument for policies that take masks, and none where there are no masks."""
+    return {} if action_masks is None else {"action_masks": action_masks}
 
 
 class SharedMlpExtractor(nn.Module):

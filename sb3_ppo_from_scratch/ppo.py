@@ -152,7 +152,7 @@ class ScratchPPO(RolloutAlgorithm):
         **RECURRENT,
         **MASKABLE_RECURRENT,
     }
-    """Policies by name: classes, or where one of sb3-contrib's lies, which is imported when it is asked for."""
+    """Policies by name: classes, or where those lie that need sb3-contrib, which is imported when one is asked for."""
     loss: staticmethod[[PolicyOutputs, RolloutData, UpdateConfig], PPOLoss] = staticmethod(minibatch_loss)
     """A minibatch's. A subclass may have one of its own, which ``"auto"`` leaves to an engine that differentiates it."""
 

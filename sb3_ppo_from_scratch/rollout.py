@@ -23,6 +23,7 @@ from sb3_ppo_from_scratch.checks.answers import goes_on, why_no_answer
 from sb3_ppo_from_scratch.checks.finite import StepCheck, check_rollout
 from sb3_ppo_from_scratch.distributed import DataParallelAlgorithm
 from sb3_ppo_from_scratch.engines import Engine
+from sb3_ppo_from_scratch.policies import mask_argument
 from sb3_ppo_from_scratch.recurrent import LSTM_STATES, Memory, is_recurrent, remembered
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
 from sb3_ppo_from_scratch.vec_env.masks import MaskSource
@@ -115,7 +116,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
-            with_masks: dict[str, Any] = {} if action_masks is None else {"action_masks": action_masks}
+            with_masks = mask_argument(action_masks)
             later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
             if later and not is_users:  # nobody looks
                 obs_tensor = values = log_probs = dist_params = after = None

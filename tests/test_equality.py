@@ -40,11 +40,8 @@ VECTOR = spaces.Box(-1.0, 1.0, (3,))
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = th.get_num_threads()
+def one_thread() -> None:
     th.set_num_threads(1)
-    yield
-    th.set_num_threads(before)
 
 
 def envs(env_id: str, n_envs: int = 2, **kwargs: Any) -> Callable[[], VecEnv]:

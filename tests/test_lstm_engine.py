@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,8 @@ IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = th.get_num_threads()
+def one_thread() -> None:
     th.set_num_threads(1)
-    yield
-    th.set_num_threads(before)
 
 
 def toy(observation_space: spaces.Space, action_space: spaces.Space) -> Callable[[], VecEnv]:

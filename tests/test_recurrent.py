@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,8 @@ ZOO_NETWORK = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = th.get_num_threads()
+def one_thread() -> None:
     th.set_num_threads(1)
-    yield
-    th.set_num_threads(before)
 
 
 def envs(env_id: str, n_envs: int = 2) -> Callable[[], VecEnv]:

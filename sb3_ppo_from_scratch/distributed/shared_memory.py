@@ -84,9 +84,8 @@ def make_memory(n_bytes: int) -> tuple[str, int] | None:
         return None
     descriptor = os.memfd_create("scratch_ppo")
     try:
-        os.posix_fallocate(
-            descriptor, 0, n_bytes
-        )  # now, where it is an error, and not at a later write, where it ends the process
+        # now, where it is an error, and not at a later write, where it ends the process
+        os.posix_fallocate(descriptor, 0, n_bytes)
     except OSError:
         os.close(descriptor)
         return None

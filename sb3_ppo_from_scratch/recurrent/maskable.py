@@ -22,7 +22,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import MultiCategoricalDistribution
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
-from sb3_ppo_from_scratch.distributions import choices
+from sb3_ppo_from_scratch.distributions import apply_masks, choices
 
 __all__ = ["MaskableCnnLstmPolicy", "MaskableMlpLstmPolicy", "MaskableMultiInputLstmPolicy"]
 
@@ -43,8 +43,7 @@ class _Masked(RecurrentActorCriticPolicy):
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> MaskableDistribution:
         distribution = self.action_dist.proba_distribution(action_logits=self.action_net(latent_pi))
-        if self._action_masks is not None:
-            distribution.apply_masking(self._action_masks)
+        apply_masks(distribution, self._action_masks)
         return distribution
 
     @contextmanager

@@ -22,10 +22,11 @@ from torch import nn
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData
+from sb3_ppo_from_scratch.distributions import apply_masks
 from sb3_ppo_from_scratch.engines.adam import fused_adam
 from sb3_ppo_from_scratch.engines.inspection import adam_reason, has_hooks, replaced_method
 from sb3_ppo_from_scratch.engines.lstm.sequences import SequenceRunner
-from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine, apply_masks
+from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.policies import MASKABLE_RECURRENT, RECURRENT, imported
 from sb3_ppo_from_scratch.recurrent import Memory
 from sb3_ppo_from_scratch.update import Learner, PolicyOutputs, UpdateConfig

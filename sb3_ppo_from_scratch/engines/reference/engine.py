@@ -22,15 +22,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData, minibatch_source
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, choices, drop_graph, mean_kl
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, apply_masks, choices, drop_graph, mean_kl
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE, Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.reference import recurrent
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.policies import takes_masks
+from sb3_ppo_from_scratch.policies import mask_argument, takes_masks
 from sb3_ppo_from_scratch.recurrent import Memory, is_recurrent, sequence_minibatches
 from sb3_ppo_from_scratch.update import Gradient, Learner, PolicyOutputs, UpdateConfig, check_loss, minibatch_loss
 
-__all__ = ["HeadsEngine", "TorchEngine", "TorchLearner", "apply_masks"]
+__all__ = ["HeadsEngine", "TorchEngine", "TorchLearner"]
 
 Minibatches = Callable[[int], Iterator[RolloutData]]
 """From a batch size to one epoch's minibatches."""
@@ -73,17 +73,17 @@ class TorchEngine(Engine):
 
     def sample(self, obs: PyTorchObs, action_masks: np.ndarray | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """From ``[n_envs, *obs_shape]`` to actions, values ``[n_envs, 1]`` and log-probabilities ``[n_envs]``."""
-        return self.policy(obs, **_given(action_masks))
+        return self.policy(obs, **mask_argument(action_masks))
 
     def sample_with_memory(
         self, obs: PyTorchObs, memory: Memory, action_masks: np.ndarray | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
         """Likewise of a recurrent policy, and what it remembers after the step."""
-        return recurrent.sample(self.policy, obs, memory, **_given(action_masks))
+        return recurrent.sample(self.policy, obs, memory, action_masks)
 
     def evaluate(self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None) -> PolicyOutputs:
         """What the policy makes of a minibatch, with gradient."""
-        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **_given(action_masks))
+        values, log_prob, entropy = self.policy.evaluate_actions(obs, actions, **mask_argument(action_masks))
         return PolicyOutputs(values.flatten(), log_prob, entropy, self.distribution)
 
     def evaluate_sequences(
@@ -110,20 +110,6 @@ class TorchEngine(Engine):
     def minibatches_of(self, buffer: RolloutBuffer) -> Minibatches:
         """How to draw an epoch's minibatches from ``buffer``."""
         return (sequence_minibatches if is_recurrent(self.policy) else minibatch_source)(buffer)
-
-
-def _given(action_masks: Any) -> dict[str, Any]:
-    """As an argument for policies that take masks."""
-    return {} if action_masks is None else {"action_masks": action_masks}
-
-
-def apply_masks(distribution: Distribution, action_masks: Any) -> None:
-    """
-    :param distribution: a maskable policy's
-    :param action_masks: ``[n, n_choices]``; ``None`` for no mask, with any policy
-    """
-    if action_masks is not None:
-        distribution.apply_masking(action_masks)  # type: ignore[attr-defined]  # a maskable policy's has it
 
 
 class TorchLearner(Learner[RolloutData]):

@@ -13,21 +13,24 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.distributions import select_rows
+from sb3_ppo_from_scratch.policies import mask_argument
 from sb3_ppo_from_scratch.recurrent import EPISODE_STARTS, LSTM_STATES, SEQUENCE_STARTS, Memory, Sequences
 from sb3_ppo_from_scratch.update import PolicyOutputs
 
 __all__ = ["evaluate", "predict_values", "sample"]
 
 
-def sample(policy: Any, obs: PyTorchObs, memory: Memory, **masks: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
+def sample(
+    policy: Any, obs: PyTorchObs, memory: Memory, action_masks: Any = None
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, Memory]:
     """
     :param policy: recurrent
     :param obs: ``[n_envs, *obs_shape]`` or a dict of such
     :param memory: before the step
-    :param masks: ``action_masks``, for a policy that takes them
+    :param action_masks: ``[n_envs, n_choices]``, for a policy that takes them
     :return: actions, values ``[n_envs, 1]``, log-probabilities ``[n_envs]``, the memory after the step
     """
-    actions, values, log_probs, after = policy(obs, _states(memory), memory.starts, **masks)
+    actions, values, log_probs, after = policy(obs, _states(memory), memory.starts, **mask_argument(action_masks))
     states = after.pi if len(memory.states) == 2 else (*after.pi, *after.vf)
     return actions, values, log_probs, Memory(th.stack(states), th.zeros_like(memory.starts))
 
@@ -51,14 +54,14 @@ def evaluate(policy: Any, batch: RolloutData, actions: th.Tensor, action_masks: 
         observations = {key: sequences.padded(rows) for key, rows in observations.items()}
     else:
         observations = sequences.padded(observations)
-    masks = {} if action_masks is None else {"action_masks": sequences.padded(action_masks)}
+    masks = None if action_masks is None else sequences.padded(action_masks)
     states = batch.extras[LSTM_STATES][sequences.first].movedim(0, 2).contiguous()  # [n_states, n_layers, n_seq, hidden_size]
     values, log_prob, entropy = policy.evaluate_actions(
         observations,
         sequences.padded(actions),
         _states(Memory(states, batch.extras[EPISODE_STARTS])),
         sequences.padded(batch.extras[EPISODE_STARTS]),
-        **masks,
+        **mask_argument(masks),
     )
     places = sequences.places
     entropy = None if entropy is None else entropy[places]
