@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, floor, memory, soak, throughput, timed_run, vector_envs, zoo_engines
+from benchmarks import cartpole, components, contrib, floor, soak, throughput, timed_run, vector_envs, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
@@ -323,17 +323,27 @@ def test_engines_of_the_hyperparameter_files_entries() -> None:
     assert all(f"`{engine}`" in zoo_engines.table() for engine in {*found.values()})
 
 
-def test_memory_beside_recurrent_ppo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("task", "theirs", "ours", "steps"),
+    [("CartPoleNoVel-v1", "RecurrentPPO", "lstm", 256), ("Taxi-v4", "MaskablePPO", FASTEST, 1024)],
+)
+def test_beside_sb3_contrib(
+    task: str,
+    theirs: str,
+    ours: str,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory, "TASKS", ("CartPoleNoVel-v1",))
-    memory.main(["--rounds", "2", "--scale", "0.01", "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
-    result = record["tasks"]["CartPoleNoVel-v1"]
-    assert result["steps"] == 256
-    assert result["ratios"]["RecurrentPPO"] == [1, 1]
-    assert result["ratios"]["lstm"][1] == result["speeds"]["lstm"][1] / result["speeds"]["RecurrentPPO"][1]
-    assert memory.table(record) in capsys.readouterr().out
+    monkeypatch.setattr(contrib, "TASKS", {task: (contrib.TASKS[task][0], ours)})
+    contrib.main(["--rounds", "2", "--scale", "0.01", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "contrib.json").read_text(encoding="utf-8"))
+    result = record["tasks"][task]
+    assert result["steps"] == steps
+    assert result["ratios"][theirs] == [1, 1]
+    assert result["ratios"][ours][1] == result["speeds"][ours][1] / result["speeds"][theirs][1]
+    assert contrib.table(record) in capsys.readouterr().out
 
 
 def test_scaled_to_whole_rollouts() -> None:

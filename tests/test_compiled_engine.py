@@ -26,8 +26,8 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_ppo_from_scratch import MlpPolicy, NonFiniteError, ScratchPPO
-from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.buffer import RolloutData, ScratchRolloutBuffer
+from sb3_ppo_from_scratch.distributions import choices, distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
 from sb3_ppo_from_scratch.engines.compiled import CompiledEngine, learning, library
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
@@ -453,12 +453,38 @@ def test_more_layers_than_it_takes() -> None:
 
 
 @is_built
-def test_masks_are_left_to_the_numpy_engine() -> None:
-    """Which of them there may be is not known before the rollout."""
+@pytest.mark.parametrize("action_space", ["discrete", "multidiscrete", "multibinary"])
+def test_the_gradient_with_masks(action_space: str, instruction_set: str) -> None:
     maskable = pytest.importorskip("sb3_contrib.common.maskable.policies").MaskableActorCriticPolicy
-    policy = maskable(OBSERVATION_SPACES["box"], ACTION_SPACES["discrete"], ConstantSchedule(1e-3))
-    choice = choose_engine("auto", policy)
-    assert (choice.engine, choice.refusals) == (NumpyEngine, {"compiled": "it computes no masks of invalid actions"})
+    policy = maskable(OBSERVATION_SPACES["box"], ACTION_SPACES[action_space], ConstantSchedule(1e-3))
+    batch, config = masked_rollout(policy, 70), update_config(n_epochs=1, batch_size=70, max_grad_norm=1e9, ent_coef=0.01)
+    expected, exact = autograd(copy.deepcopy(policy).double(), in_double(Batch.of(batch.dataset())), config)
+    stats = CompiledEngine(policy).update(batch, config)
+    for parameter, gradient in zip(policy.parameters(), exact, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9
+    assert stats.metrics()["loss"] == pytest.approx(expected.total.item(), rel=1e-5)
+    assert stats.kl == pytest.approx(0, abs=1e-6)
+
+
+def masked_rollout(policy: ActorCriticPolicy, n_steps: int) -> ScratchRolloutBuffer:
+    """By a policy with a little of other probabilities, where some choices were not allowed."""
+    rng = np.random.default_rng(0)
+    splits = np.cumsum(choices(policy.action_space))[:-1]
+    buffer = ScratchRolloutBuffer(n_steps, policy.observation_space, policy.action_space)
+    for _ in range(n_steps):
+        mask = rng.random(sum(choices(policy.action_space))) < 0.6
+        for part in np.split(mask, splits):
+            part[rng.integers(len(part))] = True
+        observation = rng.normal(size=(1, *policy.observation_space.shape)).astype(np.float32)
+        action = np.array([[rng.choice(np.flatnonzero(part)) for part in np.split(mask, splits)]])
+        with th.no_grad():
+            distribution = policy.get_distribution(th.as_tensor(observation), mask[None])
+            log_prob = distribution.log_prob(th.as_tensor(action)) + 0.1 * rng.normal()
+        extras = {"action_masks": mask[None]}
+        params = distribution_parameters(distribution)
+        buffer.add(observation, action, rng.normal(size=1), np.zeros(1), th.zeros(1), log_prob, params, None, extras)
+    buffer.compute_returns_and_advantage(th.zeros(1), np.zeros(1))
+    return buffer
 
 
 def test_an_import_does_not_load_it() -> None:

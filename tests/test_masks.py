@@ -34,7 +34,7 @@ from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO
 from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.evaluation import evaluate_policy
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv
-from tests.helpers import assert_same_model
+from tests.helpers import FASTEST, assert_same_model
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 24, "n_epochs": 2, "ent_coef": 0.01, "seed": 1, "device": "cpu"}
 ACTIONS: dict[str, spaces.Space] = {
@@ -123,7 +123,7 @@ def forbidden(env: VecEnv) -> int:
         ("Discrete", {"observes": True, "normalized": True}),
     ],
 )
-def test_bits_of_maskable_ppo_and_the_numpy_engine_equal(kind: str, env: dict[str, Any], n_envs: int) -> None:
+def test_bits_of_maskable_ppo_and_fast_engines_equal(kind: str, env: dict[str, Any], n_envs: int) -> None:
     """Weights, optimizer and every metric after several iterations, with truncated last minibatches, then unmasked ones."""
     policy = "MultiInputPolicy" if env.get("observes") else "MlpPolicy"
 
@@ -150,10 +150,11 @@ def test_bits_of_maskable_ppo_and_the_numpy_engine_equal(kind: str, env: dict[st
         assert 0 <= mine["train/kl"] < 1
     if policy == "MlpPolicy":
         for callback in (None, lambda *_: True):  # without one, log-probabilities come after the rollout
-            fast, _ = trained(ScratchPPO, f"Maskable{policy}", callback)
-            assert fast._engine.name == "numpy"
-            for mine, reference in zip(fast.policy.parameters(), theirs.policy.parameters(), strict=True):
-                np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-6)
+            for engine in ("numpy", "auto"):
+                fast, _ = trained(ScratchPPO, f"Maskable{policy}", callback, engine=engine)
+                assert fast._engine.name == (FASTEST if engine == "auto" else engine)
+                for mine, reference in zip(fast.policy.parameters(), theirs.policy.parameters(), strict=True):
+                    np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -324,7 +325,7 @@ def test_a_last_minibatch_of_one_spoils_no_weights() -> None:
     theirs = MaskablePPO("MlpPolicy", make(), **kwargs)
     with pytest.raises(ValueError, match="nan"):
         theirs.learn(64)
-    for engine in ("torch", "numpy"):
+    for engine in dict.fromkeys(("torch", "numpy", FASTEST)):
         model = ScratchPPO("MaskableMlpPolicy", make(), engine=engine, **kwargs).learn(64)
         assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.distributions import distribution_parameters, exact_kl
+from sb3_ppo_from_scratch.distributions import apply_masks, distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
@@ -83,6 +83,7 @@ def autograd(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -> t
     if isinstance(policy.action_space, spaces.Discrete):
         actions = actions.long().flatten()
     distribution, values = outputs_of(policy, observations)
+    apply_masks(distribution, batch.action_masks)
     loss = ppo_loss(
         values,
         distribution.log_prob(actions),

@@ -18,7 +18,6 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.engine import NumpyEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, Head
 from sb3_ppo_from_scratch.engines.numpy_mlp.support import layers_of
-from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.update import Learner, UpdateConfig
 
 __all__ = ["CompiledEngine"]
@@ -38,8 +37,6 @@ class CompiledEngine(NumpyEngine):
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         if reason := super().unsupported_reason(policy) or kernel_reason():
             return reason
-        if takes_masks(type(policy)):
-            return "it computes no masks of invalid actions"
         return f"it takes at most {MAX_LAYERS} layers" if len(_layers(policy)) > MAX_LAYERS else None
 
     @override

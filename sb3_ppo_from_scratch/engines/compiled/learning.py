@@ -18,7 +18,7 @@ from sb3_ppo_from_scratch.update import UpdateConfig
 
 __all__ = ["CompiledLearner"]
 
-_READ = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns", "dist_params")
+_READ = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns", "dist_params", "action_masks")
 """Fields that the kernel reads"""
 _FEW_BYTES = 2**24
 """Observations that are no reals are turned into features all at once if these take no more than that."""
@@ -120,10 +120,8 @@ def _prepared(batch: Batch, update: Update, features: Callable[[np.ndarray], np.
     rows = (batch.size,)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("old_values", "old_log_prob", "advantages", "returns"), rows)
     shapes.update(observations=(*rows, update.n_features), actions=(*rows, update.n_actions))
-    shapes["dist_params"] = (*rows, update.n_dist_params)
-    batch = batch._replace(
-        observations=features(batch.observations), actions=batch.actions.reshape(*rows, -1), action_masks=None
-    )
+    shapes.update(dict.fromkeys(("dist_params", "action_masks"), (*rows, update.n_dist_params)))
+    batch = batch._replace(observations=features(batch.observations), actions=batch.actions.reshape(*rows, -1))
     prepared: dict[str, Any] = {}
     for name, array in batch._asdict().items():
         if array is not None and array.shape != shapes[name]:

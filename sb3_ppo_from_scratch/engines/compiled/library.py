@@ -18,7 +18,7 @@ VARIABLE = "SCRATCH_PPO_KERNEL"
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 """In the order of kernel.h."""
 MAX_LAYERS = 64
-_VERSION = 1
+_VERSION = 2
 _PATH = Path(__file__).with_name("_kernel.so")
 _INVALID_ACTION = -1
 
@@ -56,7 +56,7 @@ class Update(ctypes.Structure):
         ("n_features", _Integer),
         ("n_dist_params", _Integer),
         *((name, _Address) for name in ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns")),
-        ("dist_params", _Address),
+        *((name, _Address) for name in ("dist_params", "action_masks")),
         *((name, _Integer) for name in ("batch_size", "normalize_advantage", "clips_values", "raises")),
         *((name, _Real) for name in ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm", "kl_limit")),
         *((name, _Integer) for name in ("step", "decoupled", "maximize")),

@@ -117,6 +117,15 @@ static void forward(const Update *u, const Memory *m, int64_t n)
     }
 }
 
+/* Choices that are not allowed get an output that makes their probability, and all that depends on it, exactly 0. */
+static void mask_out(const Update *u, const Memory *m, int64_t n)
+{
+    float *z = m->layers[u->n_layers - 2].outputs;
+    for (int64_t i = 0; i < u->n_dist_params; i++)
+        for (int64_t j = i * ROWS; j < i * ROWS + n; j += V)
+            store(z + j, blend(load(m->action_masks + j) != 0.0f, load(z + j), all(MASKED)));
+}
+
 /* The gradient by a layer's outputs becomes that by what its activation was given; its sums are the gradient by the bias. */
 static void activation_gradient(const Layer *layer, const LayerMemory *m, int64_t n, float *bias_gradient)
 {
@@ -290,6 +299,10 @@ static int minibatch(Update *u, const Memory *m, const int64_t *order, int64_t n
         if (wants_kl)
             gather_columns(u->dist_params, u->n_dist_params, numbers, rows, m->dist_params);
         forward(u, m, rows);
+        if (u->action_masks != NULL) {
+            gather_columns(u->action_masks, u->n_dist_params, numbers, rows, m->action_masks);
+            mask_out(u, m, rows);
+        }
         loss(u, m, m->advantages + first, rows, size, wants_kl, &sums);
         backward(u, m, rows, first == 0);
     }

@@ -3,6 +3,7 @@
  * of that shape, where the gradient by z is left in the end. Formulas: ../../numpy_mlp/heads.py.
  */
 #define LOWEST -3.402823466e38f /* stands for a logit of minus infinity, as in torch */
+#define MASKED -1e8f             /* for a choice that is not allowed, as in sb3-contrib */
 #define LOG_2PI 1.8378770664093453
 
 typedef struct {

@@ -50,6 +50,7 @@ int64_t lay_out(const Update *update, Memory *memory)
     memory->features_transposed = take(scratch, &used, padded(update->n_features) * ROWS);
     memory->actions = take(scratch, &used, update->n_actions * ROWS);
     memory->dist_params = take(scratch, &used, update->n_dist_params * ROWS);
+    memory->action_masks = take(scratch, &used, update->action_masks == 0 ? 0 : update->n_dist_params * ROWS);
     memory->old_values = take(scratch, &used, ROWS);
     memory->old_log_prob = take(scratch, &used, ROWS);
     memory->returns = take(scratch, &used, ROWS);

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define KERNEL_VERSION 1
+#define KERNEL_VERSION 2
 #define MAX_LAYERS 64
 #define LOG_COLUMNS 9 /* the six of PPOLoss, the gradient's norm, the exact KL, whether a step was taken */
 
@@ -45,7 +45,8 @@ typedef struct {
     /* transitions, row by row */
     int64_t n_features, n_dist_params;
     const float *observations, *actions, *old_values, *old_log_prob, *advantages, *returns;
-    const float *dist_params; /* NULL where they are not known */
+    const float *dist_params;  /* NULL where they are not known */
+    const float *action_masks; /* of a categorical's choices, 1 where it is allowed, or else 0; NULL where all are */
     /* coefficients of the update, see UpdateConfig */
     int64_t batch_size, normalize_advantage, clips_values, raises;
     double clip_range, clip_range_vf, ent_coef, vf_coef, max_grad_norm, kl_limit;
@@ -71,7 +72,7 @@ typedef struct {
 typedef struct {
     LayerMemory layers[MAX_LAYERS];
     float *features, *features_transposed;
-    float *actions, *dist_params;                /* [n, ROWS] */
+    float *actions, *dist_params, *action_masks; /* [n, ROWS] */
     float *old_values, *old_log_prob, *returns;  /* [ROWS] */
     float *advantages;                           /* [batch_size], of a whole minibatch */
     float *gradient;                             /* [n_parameters] */

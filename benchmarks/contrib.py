@@ -1,10 +1,10 @@
 """
-The speed of policies with an LSTM beside sb3-contrib's ``RecurrentPPO``, on the zoo's tasks without velocities.
+The speed of policies with an LSTM or with masks beside sb3-contrib's ``RecurrentPPO`` and ``MaskablePPO``.
 
-All train in one process and take turns; a figure is the median over the rounds of RecurrentPPO's processor time per step
-divided by the other's in the same round. The figures in the handbook come from::
+The tasks are the zoo's without velocities, and Taxi. All train in one process and take turns; a figure is the median over the
+rounds of sb3-contrib's processor time per step divided by the other's in the same round. The handbook's figures come from::
 
-    python -m benchmarks.memory --rounds 5 --save-result memory
+    python -m benchmarks.contrib --rounds 5 --save-result contrib
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import rl_zoo3.import_envs  # noqa: F401  # registers the environments
 import torch as th
-from sb3_contrib import RecurrentPPO
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -29,12 +32,23 @@ from sb3_ppo_from_scratch import ScratchPPO
 
 __all__ = ["TASKS", "main", "measure", "parse_options", "table"]
 
-TASKS = ("CartPoleNoVel-v1", "PendulumNoVel-v1")
-_CONTESTANTS: dict[str, tuple[type[Any], dict[str, str]]] = {
-    "RecurrentPPO": (RecurrentPPO, {}),
-    "torch": (ScratchPPO, {"engine": "torch"}),
-    "lstm": (ScratchPPO, {"engine": "lstm"}),
+TASKS: dict[str, tuple[type[Any], str]] = {
+    "CartPoleNoVel-v1": (RecurrentPPO, "lstm"),
+    "PendulumNoVel-v1": (RecurrentPPO, "lstm"),
+    "Taxi-v4": (MaskablePPO, "compiled"),
 }
+"""With sb3-contrib's algorithm and our fast engine."""
+
+
+def make_env(env_id: str) -> gym.Env:
+    """With Taxi's masks as ``MaskablePPO`` asks for them, too."""
+    env = gym.make(env_id)
+    return ActionMasker(env, _allowed_in_taxi) if env_id == "Taxi-v4" else env
+
+
+def _allowed_in_taxi(env: gym.Env) -> Any:
+    taxi: Any = env.unwrapped
+    return taxi.action_mask(taxi.s)
 
 
 def measure(env_id: str, rounds: int, scale: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -43,15 +57,19 @@ def measure(env_id: str, rounds: int, scale: float = 1.0, seed: int = 0) -> dict
     :param rounds: in each of which everybody has a turn of some 4,000 steps
     :param scale: share of them
     :param seed: of models and environments
-    :return: per contestant, steps per second of processor time, round by round, and how many times as fast as RecurrentPPO
+    :return: per contestant, steps per second of processor time, round by round, and how many times as fast as the first
     """
-    task = load_task(env_id)
+    task, (theirs, engine) = load_task(env_id), TASKS[env_id]
+    contestants = [(theirs.__name__, theirs, {}), *((name, ScratchPPO, {"engine": name}) for name in ("torch", engine))]
     rollout = task.n_envs * task.arguments["n_steps"]
     steps = max(1, round(scale * 4096 / rollout)) * rollout
     models: dict[str, Any] = {}
-    for name, (algorithm, options) in _CONTESTANTS.items():
-        env = VecNormalize(make_vec_env(env_id, task.n_envs, seed=seed), **(task.normalize or {}))
-        models[name] = algorithm(task.policy, env, seed=seed, device="cpu", **task.arguments, **options)
+    for name, algorithm, options in contestants:
+        env = make_vec_env(partial(make_env, env_id), task.n_envs, seed=seed)
+        if task.normalize is not None:
+            env = VecNormalize(env, **task.normalize)
+        policy = task.policy.removeprefix("Maskable") if algorithm is MaskablePPO else task.policy
+        models[name] = algorithm(policy, env, seed=seed, device="cpu", **task.arguments, **options)
         models[name].learn(rollout, log_interval=None)  # the first calls of everything
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
@@ -59,9 +77,8 @@ def measure(env_id: str, rounds: int, scale: float = 1.0, seed: int = 0) -> dict
             before = time.process_time()
             model.learn(steps, log_interval=None, reset_num_timesteps=False)
             speeds[name].append(steps / (time.process_time() - before))
-    ratios = {
-        name: [mine / theirs for mine, theirs in zip(own, speeds["RecurrentPPO"], strict=True)] for name, own in speeds.items()
-    }
+    first = speeds[theirs.__name__]
+    ratios = {name: [ours / other for ours, other in zip(own, first, strict=True)] for name, own in speeds.items()}
     return {"steps": steps, "speeds": speeds, "ratios": ratios}
 
 
@@ -72,7 +89,7 @@ def table(record: dict[str, Any]) -> str:
         for env_id, result in record["tasks"].items()
         for name, ratios in result["ratios"].items()
     ]
-    return markdown_table(("task", "by", "steps per second", "times as fast as RecurrentPPO"), rows)
+    return markdown_table(("task", "by", "steps per second", "times as fast as sb3-contrib"), rows)
 
 
 def _spread(ratios: list[float]) -> str:
@@ -82,7 +99,7 @@ def _spread(ratios: list[float]) -> str:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """:param argv: the command line's if ``None``"""
     parser = command_line(
-        "benchmarks.memory", str(__doc__), out=Path("results/memory"), rounds=5, scale=1.0, seed=0, threads=1, save_result=None
+        "benchmarks.contrib", str(__doc__), out=Path("runs/contrib"), rounds=5, scale=1.0, seed=0, threads=1, save_result=None
     )
     return parser.parse_args(argv)
 
@@ -91,10 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the record."""
     options = parse_options(argv)
     th.set_num_threads(options.threads)
-    record = provenance("benchmarks.memory") | {
+    record = provenance("benchmarks.contrib") | {
         "tasks": {env_id: measure(env_id, options.rounds, options.scale, options.seed) for env_id in TASKS}
     }
-    path = options.out / "memory.json"
+    path = options.out / "contrib.json"
     write_json(path, record)
     print(table(record))
     save_result(options.save_result, [path])
