@@ -60,7 +60,8 @@ def measure(env_id: str, rounds: int, scale: float = 1.0, seed: int = 0) -> dict
     :return: per contestant, steps per second of processor time, round by round, and how many times as fast as the first
     """
     task, (theirs, engine) = load_task(env_id), TASKS[env_id]
-    contestants = [(theirs.__name__, theirs, {}), *((name, ScratchPPO, {"engine": name}) for name in ("torch", engine))]
+    contestants: list[tuple[str, type[Any], dict[str, str]]] = [(theirs.__name__, theirs, {})]
+    contestants += [(name, ScratchPPO, {"engine": name}) for name in ("torch", engine)]
     rollout = task.n_envs * task.arguments["n_steps"]
     steps = max(1, round(scale * 4096 / rollout)) * rollout
     models: dict[str, Any] = {}
