@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import breakout, cartpole, memory, processes, soak, throughput
+from benchmarks import breakout, cartpole, contrib, processes, soak, throughput
 from benchmarks.comparison import tables
 from benchmarks.comparison.records import load_records
 from benchmarks.fast_path import report as fast_path
@@ -93,7 +93,7 @@ def test_speeds_are_those_measured() -> None:
             assert row["ratio"]["max"] == pytest.approx(max(ratios), rel=2e-3)
 
 
-@pytest.mark.parametrize("benchmark", [processes, memory], ids=["processes", "memory"])
+@pytest.mark.parametrize("benchmark", [processes, contrib], ids=["processes", "contrib"])
 def test_tables_of_a_page_are_those_of_the_record(benchmark: Any) -> None:
     record = json.loads((RESULTS / f"{benchmark.__name__.rpartition('.')[2]}.json").read_text(encoding="utf-8"))
     assert benchmark.table(record).strip() in TEXT
