@@ -320,7 +320,9 @@ def test_engines_of_the_hyperparameter_files_entries() -> None:
     assert found["atari"] == "channels_last"
     assert {engine for name, engine in found.items() if "NoVel" in name} == {"lstm"}
     assert found["CartPole-v1"] == found["default"] != "torch"
-    assert all(f"`{engine}`" in zoo_engines.table() for engine in {*found.values()})
+    assert "torch" not in found.values()
+    if FASTEST == "compiled":
+        assert zoo_engines.table().strip() in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

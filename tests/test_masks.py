@@ -293,7 +293,7 @@ def test_the_gradient_by_hand_is_autograds_in_float64(kind: str) -> None:
     head = CategoricalHead(sizes)
     rows = np.ascontiguousarray(outputs.detach().numpy().T)
     mask_out(rows, forbidden(masks))
-    dist = head.forward(rows)
+    dist = head.forward(rows, np.empty((0, 0)))
     encoded = head.encode(actions.numpy())
     gradient = head.gradient(dist, encoded, weight.numpy(), -0.3)
     np.testing.assert_allclose(head.log_prob(dist, encoded), log_prob.detach(), atol=1e-12)

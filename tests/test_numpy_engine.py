@@ -44,6 +44,14 @@ ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU]
 NO_CHANGE = 1e-3
 """Two engines' updates may differ by this share of how far an update moves the parameters (float32 rounding)."""
 
+NOISE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one for all dimensions": {"full_std": False},
+    "expln": {"use_expln": True, "log_std_init": -0.3},
+    "expln above 0": {"use_expln": True, "log_std_init": 0.3, "full_std": False},
+}
+"""Arguments of policies with gSDE"""
+
 widths = st.lists(st.sampled_from([1, 2, 7, 16, 33]), max_size=3)
 action_spaces = st.one_of(
     st.integers(1, 9).map(spaces.Discrete),
@@ -126,6 +134,7 @@ def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -
     normalize_advantage=st.booleans(),
     ent_coef=st.sampled_from([0.0, 0.01, -0.1]),
     vf_coef=st.sampled_from([0.0, 0.5, 1.3]),
+    noise=st.sampled_from([None, *NOISE.values()]),
 )
 def test_gradient_is_autograds(
     seed: int,
@@ -136,13 +145,17 @@ def test_gradient_is_autograds(
     activation: type[nn.Module],
     size: int,
     policy_change: float,
+    noise: dict[str, Any] | None,
     **coefficients: Any,
 ) -> None:
     """In float64, to 1e-10 of the largest entry."""
     th.manual_seed(seed)
     np.random.seed(seed)
     net_arch: Any = pi if shared else {"pi": pi, "vf": pi if vf is None else vf}
-    policy = make_policy(action_space, shared, net_arch=net_arch, activation_fn=activation).double()
+    sde = {} if noise is None or not isinstance(action_space, spaces.Box) else {"use_sde": True, **noise}
+    policy = make_policy(action_space, shared, net_arch=net_arch, activation_fn=activation, **sde).double()
+    if sde:
+        policy.reset_noise(size)  # of doubles
     batch = random_batch(policy, size, policy_change, th.float64)
     config = UpdateConfig(batch_size=size, n_epochs=1, max_grad_norm=0.5, target_kl=None, **coefficients)
     expected_loss, expected = autograd(policy, batch, config)
@@ -244,15 +257,27 @@ def test_on_every_action_space(action_space: spaces.Space) -> None:
     compare_update(OBSERVATION_SPACES["box"], action_space, ent_coef=0.01)
 
 
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+@pytest.mark.parametrize("policy", ["MlpPolicy", "SharedMlpPolicy"])
+def test_gsde(policy: str, noise: dict[str, Any]) -> None:
+    options = {"policy": policy, "policy_kwargs": noise, "use_sde": True, "sde_sample_freq": 4, "ent_coef": 0.01}
+    compare_update(OBSERVATION_SPACES["box"], ACTION_SPACES["box-2d"], ["numpy", "auto"], **options)
+
+
 @pytest.mark.parametrize("name", [name for name in OBSERVATION_SPACES if name != "dict"])
 def test_on_every_observation_space(name: str) -> None:
     compare_update(OBSERVATION_SPACES[name], ACTION_SPACES["discrete"])
 
 
 @pytest.mark.parametrize("n_envs", [1, 8])
-@pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
-def test_acts_as_the_reference_does(action_space: spaces.Space, n_envs: int) -> None:
-    policy = make_policy(action_space)
+@pytest.mark.parametrize(
+    ("action_space", "kwargs"),
+    [*((name, {}) for name in ACTION_SPACES), ("box", {"use_sde": True}), ("box-2d", {"use_sde": True})],
+)
+def test_acts_as_the_reference_does(action_space: str, kwargs: dict[str, Any], n_envs: int) -> None:
+    policy = make_policy(ACTION_SPACES[action_space], **kwargs)
+    if kwargs:
+        policy.reset_noise(8)
     obs = th.randn(n_envs, 5)
     th.manual_seed(3)
     expected = TorchEngine(policy).act(obs)
@@ -451,7 +476,10 @@ class Overriding(ActorCriticPolicy):
 
 UNSUPPORTED = {
     "custom policy": (lambda: Overriding(VECTOR, spaces.Discrete(2), ConstantSchedule(1e-3)), "type Overriding"),
-    "gSDE": (lambda: make_policy(spaces.Box(-1.0, 1.0, (2,)), use_sde=True), "use_sde=True"),
+    "squashed gSDE": (
+        lambda: make_policy(spaces.Box(-1.0, 1.0, (2,)), use_sde=True, squash_output=True),
+        "gSDE without squash_output",
+    ),
     "activation": (lambda: make_policy(spaces.Discrete(2), activation_fn=nn.GELU), "type GELU"),
     "optimizer": (lambda: make_policy(spaces.Discrete(2), optimizer_class=th.optim.SGD), "not SGD"),
     "float64": (lambda: make_policy(spaces.Discrete(2)).double(), "float32"),

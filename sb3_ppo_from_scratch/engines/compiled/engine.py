@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from typing_extensions import override
@@ -37,6 +38,8 @@ class CompiledEngine(NumpyEngine):
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
         if reason := super().unsupported_reason(policy) or kernel_reason():
             return reason
+        if isinstance(policy.action_dist, StateDependentNoiseDistribution):
+            return "it computes no gSDE (use_sde=True)"
         return f"it takes at most {MAX_LAYERS} layers" if len(_layers(policy)) > MAX_LAYERS else None
 
     @override

@@ -50,6 +50,11 @@ class Actor:
             activation.forward(product, y)
         return np.dot(self._latent, self._head, out=self._outputs)
 
+    @property
+    def latent(self) -> np.ndarray:
+        """What the last outputs were made of, ``[n_envs, latent_dim]``."""
+        return self._latent[:, :-1]
+
 
 class _Hidden(NamedTuple):
     x: np.ndarray

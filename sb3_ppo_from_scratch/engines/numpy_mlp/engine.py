@@ -18,8 +18,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
-    DiagGaussianDistribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer
-from sb3_ppo_from_scratch.distributions import choices
+from sb3_ppo_from_scratch.distributions import choices, drop_graph
 from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
@@ -38,6 +38,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
     CategoricalHead,
     GaussianHead,
     Head,
+    StateDependentNoiseHead,
     forbidden,
     mask_out,
 )
@@ -109,7 +110,7 @@ class NumpyEngine(Engine):
         self._optimizer, self._distribution = policy.optimizer, policy.action_dist
         layers = support.layers_of(policy)
         order = parameter_order(layers)
-        if isinstance(policy.action_dist, DiagGaussianDistribution):
+        if hasattr(policy, "log_std"):
             order.append(policy.log_std)
         self.flat = FlatParameters(order)
         self._acted_with = self.flat.vector
@@ -129,8 +130,10 @@ class NumpyEngine(Engine):
             return CategoricalHead([int(size) for size in distribution.action_dims])
         if isinstance(distribution, BernoulliDistribution):
             return BernoulliHead()
-        log_std, grad_log_std = self.flat.arrays(self.policy.log_std)
-        return GaussianHead(log_std[0], grad_log_std[0])
+        log_std, grad_log_std = (array[0] for array in self.flat.arrays(self.policy.log_std))
+        if isinstance(distribution, StateDependentNoiseDistribution):
+            return StateDependentNoiseHead(log_std, grad_log_std, distribution)
+        return GaussianHead(log_std, grad_log_std)
 
     # ---------------------------------------------------------------- rollout
 
@@ -165,7 +168,7 @@ class NumpyEngine(Engine):
         outputs = self._actor(features)
         if action_masks is not None:
             mask_out(outputs, ~action_masks)
-        return self.head.sample(outputs)
+        return self.head.sample(outputs, self._actor.latent)
 
     @override
     def is_as_acted(self) -> bool:
@@ -192,7 +195,7 @@ class NumpyEngine(Engine):
         :param actions: ``[B, action_dim]``, or as the head samples them
         :return: log-probabilities ``[B]`` and distribution parameters ``[B, n_params]``
         """
-        dist = self.head.forward(outputs)
+        dist = self.head.forward(outputs, self.network.latent)
         return self.head.log_prob(dist, self.head.encode(actions)), self.head.parameters(dist)
 
     @override
@@ -221,3 +224,4 @@ class NumpyEngine(Engine):
                 yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
             finally:
                 self.network.forget()
+                drop_graph(self._distribution)  # gSDE's matrices have one

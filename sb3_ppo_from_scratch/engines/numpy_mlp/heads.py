@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.base import NAN_MESSAGE
 from sb3_ppo_from_scratch.engines.numpy_mlp.activations import sigmoid
 from sb3_ppo_from_scratch.errors import NonFiniteError
 
-__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head", "forbidden", "mask_out"]
+__all__ = ["BernoulliHead", "CategoricalHead", "GaussianHead", "Head", "StateDependentNoiseHead", "forbidden", "mask_out"]
 
 _MASKED = -1e8
 """The output of a choice that is not allowed, as in sb3-contrib: its probability and all that depends on it are exactly 0, and
@@ -72,18 +73,20 @@ class Head(ABC):
         self._noise = lru_cache(maxsize=8)(_memory)
 
     @abstractmethod
-    def forward(self, outputs: np.ndarray) -> Any:
+    def forward(self, outputs: np.ndarray, latent: np.ndarray) -> Any:
         """
         :param outputs: z, ``[n_outputs, B]``; may be overwritten
+        :param latent: what z was made of, ``[B, latent_dim]``
         :return: the distribution in whatever form the other methods want it
         """
 
     @abstractmethod
-    def sample(self, outputs: np.ndarray) -> np.ndarray:
+    def sample(self, outputs: np.ndarray, latent: np.ndarray) -> np.ndarray:
         """
         Draw actions, by torch's global generator.
 
         :param outputs: z, ``[B, n_outputs]``, of the same B as often as possible
+        :param latent: what z was made of, ``[B, latent_dim]``
         :return: ``[B]`` int64 for a Discrete space, else ``[B, action_dim]``; new memory
         :raises NonFiniteError: if there is no distribution with such z
         """
@@ -153,7 +156,7 @@ class CategoricalHead(Head):
         self.starts = np.cumsum([0, *sizes[:-1]])[:, None]
         self._slices = [slice(start, start + size) for start, size in zip(self.starts[:, 0], sizes, strict=True)]
 
-    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, outputs: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The normalised logits and the probabilities, ``[n_outputs, B]`` each."""
         outputs -= self._per_factor(np.maximum, outputs)
         probs = np.exp(outputs)
@@ -169,7 +172,7 @@ class CategoricalHead(Head):
         return np.repeat(operation.reduceat(rows, self.starts[:, 0], axis=0), self.sizes, axis=0)
 
     @override
-    def sample(self, outputs: np.ndarray) -> np.ndarray:
+    def sample(self, outputs: np.ndarray, latent: np.ndarray) -> np.ndarray:
         r"""
         The fastest of several exponential clocks with rates p is a draw from p:
         :math:`\arg\max_j p_j / t_j = \arg\max_j z_j - \log t_j`, for each factor.
@@ -246,12 +249,12 @@ class BernoulliHead(Head):
         S &= \sum_j \mathrm{softplus}(z_j) - p_j z_j, & \frac{\partial S}{\partial z_j} &= -z_j p_j (1 - p_j)
     """
 
-    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def forward(self, outputs: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """z, the probabilities and softplus(z), ``[n_outputs, B]`` each."""
         return outputs, sigmoid(outputs), np.logaddexp(0, outputs)
 
     @override
-    def sample(self, outputs: np.ndarray) -> np.ndarray:
+    def sample(self, outputs: np.ndarray, latent: np.ndarray) -> np.ndarray:
         if not _surely_finite(outputs):
             _check(outputs)
         return th.bernoulli(th.from_numpy(sigmoid(np.ascontiguousarray(outputs)))).numpy()
@@ -294,7 +297,22 @@ class BernoulliHead(Head):
         return float(np.add.reduce(kl, axis=None)) / len(old)
 
 
-class GaussianHead(Head):
+class _GaussianHead(Head):
+    """Independent Gaussians, for a Box space; their parameters are the means, then the log standard deviations."""
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """``[d, B]``"""
+        return np.ascontiguousarray(actions.T)
+
+    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
+        r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""
+        (mean, log_std), (new_mean, new_log_std) = np.split(old, 2, axis=1), np.split(new, 2, axis=1)
+        log_ratio = 2 * (log_std - new_log_std)
+        distance = ((mean - new_mean) / np.exp(new_log_std)) ** 2
+        return float(np.add.reduce(np.exp(log_ratio) + distance - 1 - log_ratio, axis=None)) / (2 * len(old))
+
+
+class GaussianHead(_GaussianHead):
     r"""
     Independent Gaussians with mean z and a standard deviation :math:`\sigma` of their own, for a Box space.
 
@@ -315,12 +333,12 @@ class GaussianHead(Head):
         self.log_std = log_std
         self.grad_log_std = grad_log_std
 
-    def forward(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, outputs: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The means ``[d, B]`` and the standard deviations ``[d, 1]``."""
         return outputs, np.exp(self.log_std)[:, None]
 
     @override
-    def sample(self, outputs: np.ndarray) -> np.ndarray:
+    def sample(self, outputs: np.ndarray, latent: np.ndarray) -> np.ndarray:
         tensor, noise = self._noise(outputs.shape, outputs.dtype)
         tensor.normal_()
         actions = noise * np.exp(self.log_std)
@@ -328,10 +346,6 @@ class GaussianHead(Head):
         if not _surely_finite(actions):
             _check(actions)
         return actions
-
-    def encode(self, actions: np.ndarray) -> np.ndarray:
-        """``[d, B]``"""
-        return np.ascontiguousarray(actions.T)
 
     @override
     def log_prob(self, dist: tuple[np.ndarray, np.ndarray], actions: np.ndarray) -> np.ndarray:
@@ -363,9 +377,91 @@ class GaussianHead(Head):
         parameters[0], parameters[1] = mean, self.log_std[:, None]
         return parameters.reshape(-1, mean.shape[1]).T
 
-    def mean_kl(self, old: np.ndarray, new: np.ndarray) -> float:
-        r""":math:`\sum_j \tfrac12 (r_j + ((\mu_j - \mu'_j) / \sigma'_j)^2 - 1 - \log r_j),\; r = (\sigma / \sigma')^2`."""
-        (mean, log_std), (new_mean, new_log_std) = np.split(old, 2, axis=1), np.split(new, 2, axis=1)
-        log_ratio = 2 * (log_std - new_log_std)
-        distance = ((mean - new_mean) / np.exp(new_log_std)) ** 2
-        return float(np.add.reduce(np.exp(log_ratio) + distance - 1 - log_ratio, axis=None)) / (2 * len(old))
+
+class _Noise(NamedTuple):
+    """Independent Gaussians whose variances come from states."""
+
+    mean: np.ndarray
+    """``[d, B]``"""
+    variance: np.ndarray
+    """``[d, B]``"""
+    squares: np.ndarray
+    """of the latent, ``[B, latent_dim]``"""
+
+
+class StateDependentNoiseHead(_GaussianHead):
+    r"""
+    gSDE, for a Box space: noise that depends on the state, by a matrix that is drawn now and then.
+
+    With the latent x, which gets no gradient through the variance, and standard deviations
+    :math:`\Sigma_{ij} = e^{s_{ij}}` of the matrix's entries, or with ``use_expln``, where :math:`s_{ij} > 0`,
+    :math:`\log(1 + s_{ij}) + 1`:
+
+    .. math::
+        v_j &= \sum_i x_i^2 \Sigma_{ij}^2 + \epsilon, & u_j &= (a_j - z_j) / \sqrt{v_j} \\
+        \log\pi(a) &= -\tfrac12 \sum_j u_j^2 + \log v_j + \log 2\pi, &
+        \frac{\partial \log\pi(a)}{\partial z_j} &= \frac{u_j}{\sqrt{v_j}}, &
+        \frac{\partial \log\pi(a)}{\partial v_j} &= \frac{u_j^2 - 1}{2 v_j} \\
+        S &= \tfrac12 \sum_j \log v_j + 1 + \log 2\pi, & & & \frac{\partial S}{\partial v_j} &= \frac{1}{2 v_j}
+
+    Source: Raffin et al. 2021, https://arxiv.org/abs/2005.05719.
+
+    :param log_std: s, ``[latent_dim, d]``, or ``[latent_dim, 1]`` where all dimensions share it
+    :param grad_log_std: where the gradient by it goes
+    :param distribution: the policy's; it draws the matrices
+    """
+
+    def __init__(self, log_std: np.ndarray, grad_log_std: np.ndarray, distribution: StateDependentNoiseDistribution):
+        super().__init__()
+        self.log_std, self.grad_log_std, self.distribution = log_std, grad_log_std, distribution
+
+    def forward(self, outputs: np.ndarray, latent: np.ndarray) -> _Noise:
+        """The means and the variances."""
+        squares = np.square(latent, dtype=self.log_std.dtype)
+        variance = (squares @ self._std() ** 2).T + self.distribution.epsilon
+        return _Noise(outputs, np.broadcast_to(variance, outputs.shape), squares)
+
+    def _std(self) -> np.ndarray:
+        if not self.distribution.use_expln:
+            return np.exp(self.log_std)
+        return np.where(self.log_std > 0, np.log1p(self._positive()) + 1, np.exp(self.log_std))
+
+    def _positive(self) -> np.ndarray:
+        """Where s is positive, s, and a little that keeps it from -1, as SB3 has it."""
+        return np.maximum(self.log_std, 0) + self.distribution.epsilon
+
+    @override
+    def sample(self, outputs: np.ndarray, latent: np.ndarray) -> np.ndarray:
+        one, several = self.distribution.exploration_mat, self.distribution.exploration_matrices
+        if len(latent) == 1 or len(latent) != len(several):
+            noise = latent @ one.numpy(force=True)
+        else:
+            noise = np.matmul(latent[:, None], several.numpy(force=True))[:, 0]
+        noise += outputs
+        if not _surely_finite(noise):
+            _check(noise)
+        return noise
+
+    @override
+    def log_prob(self, dist: _Noise, actions: np.ndarray) -> np.ndarray:
+        terms = (actions - dist.mean) ** 2 / dist.variance + np.log(dist.variance)
+        return -0.5 * (np.add.reduce(terms, axis=0) + len(terms) * math.log(2 * math.pi))
+
+    @override
+    def entropy(self, dist: _Noise) -> np.ndarray:
+        return 0.5 * (np.add.reduce(np.log(dist.variance), axis=0) + len(dist.variance) * (1 + math.log(2 * math.pi)))
+
+    @override
+    def gradient(self, dist: _Noise, actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float) -> np.ndarray:
+        deviation = (actions - dist.mean) / dist.variance
+        by_mean = deviation * grad_log_prob
+        by_variance = by_mean * deviation + (grad_entropy - grad_log_prob) / dist.variance
+        std = self._std()
+        by_std = dist.squares.T @ by_variance.T * std  # the halves above and the square's factor of 2 are one
+        by_std *= np.where(self.log_std > 0, 1 / (1 + self._positive()), std) if self.distribution.use_expln else std
+        self.grad_log_std[:] = by_std if by_std.shape == self.log_std.shape else by_std.sum(1, keepdims=True)
+        return by_mean
+
+    def parameters(self, dist: _Noise) -> np.ndarray:
+        """The means, then the log standard deviations."""
+        return np.concatenate([dist.mean, 0.5 * np.log(dist.variance)]).T

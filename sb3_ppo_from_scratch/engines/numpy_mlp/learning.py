@@ -75,7 +75,7 @@ class NumpyLearner(Learner[Batch]):
         outputs, values = network.forward(batch.observations)
         if batch.action_masks is not None:
             mask_out(outputs, batch.action_masks)
-        dist = head.forward(outputs)
+        dist = head.forward(outputs, network.latent)
         log_prob, entropy = head.log_prob(dist, batch.actions), head.entropy(dist)
         loss, grad = ppo_gradient(log_prob, values, entropy, batch, self.config)
 

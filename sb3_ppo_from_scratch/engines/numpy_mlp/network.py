@@ -219,6 +219,11 @@ class ActorCriticNetwork:
         values += self.value_bias
         return outputs, values
 
+    @property
+    def latent(self) -> np.ndarray:
+        """What the last :meth:`forward` made the policy head's outputs of, ``[B, latent_dim]``."""
+        return self._latents[0]
+
     def backward(self, grad_outputs: np.ndarray, grad_values: np.ndarray) -> None:
         """
         Fill the gradient of every layer, of the last :meth:`forward`, whose activations are used up.

@@ -14,6 +14,7 @@ from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
@@ -30,7 +31,13 @@ __all__ = ["layers_of", "loss_reason", "optimizer_reason", "source_digest", "uns
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
 _BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
-_DISTRIBUTIONS = (CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution, DiagGaussianDistribution)
+_DISTRIBUTIONS = (
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+)
 _MASKED_DISTRIBUTIONS = [
     f"sb3_contrib.common.maskable.distributions:Maskable{kind}Distribution"
     for kind in ("Categorical", "MultiCategorical", "Bernoulli")
@@ -47,9 +54,9 @@ def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
             f"it computes MlpPolicy, SharedMlpPolicy and MaskableMlpPolicy, and the policy is of type {type(policy).__name__}"
         )
     if type(policy.action_dist) not in (*_DISTRIBUTIONS, *map(imported, _MASKED_DISTRIBUTIONS)):
-        return f"it does not compute a {type(policy.action_dist).__name__}" + " (use_sde=True)" * getattr(
-            policy, "use_sde", False
-        )
+        return f"it does not compute a {type(policy.action_dist).__name__}"
+    if getattr(policy.action_dist, "bijector", None) is not None or getattr(policy.action_dist, "learn_features", False):
+        return "it computes gSDE without squash_output and learn_features"
     if name := replaced_method(policy.action_dist):
         return f"the action distribution's {name} was replaced"
     if reason := modified_reason(policy, _BUILT_INS) or _structure_reason(policy):
