@@ -25,7 +25,7 @@ compare: .venv/installed ## ScratchPPO beside SB3's PPO on all environments and 
 report: .venv/installed ## the tables and pictures of the committed comparison; ARGS="--results runs/compare" for your own
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-throughput: .venv/installed ## the speed of all engines beside SB3's PPO, about 20 minutes
+throughput: .venv/installed ## the speed of all engines beside SB3's PPO, more than an hour
 	$(BIN)/python -m benchmarks.throughput --out runs/throughput
 
 components: .venv/installed ## what each part of an iteration costs

@@ -6,7 +6,10 @@ the median over the rounds of SB3's time divided by the other's in the same roun
 open, SB3 runs with those that are fastest for it. The floor is what nobody can do without: the environments' steps alone,
 plus the bare matrix products. ``make throughput`` runs it; the figures in the README and ``docs/results.md`` come from::
 
-    python -m benchmarks.throughput --engine numpy --engine channels_last --save-result throughput
+    python -m benchmarks.throughput --save-result throughput
+
+All of it takes more than an hour. What ``--only`` measures takes the place of the same in the saved record, where each case
+has its own origin: machines differ from day to day, and only what has run in turns is compared.
 
 The reference engine's speed is that of :mod:`benchmarks.cartpole`.
 """
@@ -30,7 +33,7 @@ from benchmarks.cases import CASES, Contestant, contestants, missing, scaled
 from benchmarks.drawing import BLUE, GREY, VERMILION, save_figure, subplots
 from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line, number
-from benchmarks.record import ROOT, provenance, save_result, with_threads, write_json
+from benchmarks.record import RESULTS, ROOT, provenance, with_threads, write_json
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 
 Record = dict[str, Any]
@@ -193,14 +196,20 @@ def summary(record: Record) -> str:
 
     :param record: from :func:`make_record`
     """
-    columns, rows = ("training", "engine", "environments", "times as fast as SB3", "memory, SB3 = 1"), []
+    columns = ("training", "engine", "environments", "times as fast as SB3", "memory, SB3 = 1", "machine")
+    rows = []
     for case in record["cases"].values():
         sb3, *others = case["contestants"]
+        machine = case["origin"]["machine"].get("instructions", "")
         for row in others:
             ratio, memory = row["ratio"], row["peak_memory_mib"] / sb3["peak_memory_mib"]
-            engine = f"`{row['engine']}`" + ("" if row["precision"] == "fp32" else f" {row['precision']}")
+            engine = (
+                "SBX"
+                if row["engine"] == "sbx"
+                else f"`{row['engine']}`" + f" {row['precision']}" * (row["precision"] != "fp32")
+            )
             speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-            rows.append((case["title"], engine, row["envs"], speed, f"{memory:.2f}"))
+            rows.append((case["title"], engine, row["envs"], speed, f"{memory:.2f}", machine))
     return markdown_table(columns, rows)
 
 
@@ -242,19 +251,26 @@ def make_record(options: argparse.Namespace) -> Record:
     :return: all figures, with where they come from
     """
     wanted = options.only or [*CASES, "import"]
-    record: Record = {
-        **provenance("benchmarks.throughput"),
-        "pairs": options.pairs,
-        "seed": options.seed,
-        "scale": options.scale,
-    }
+    chosen = {name: getattr(options, name) for name in ("pairs", "seed", "scale")}
+    origin = {"origin": {**provenance("benchmarks.throughput"), **chosen}}
     needed = {case: CASES[case].needs for case in CASES if case in wanted}
     absent = {case: module for case, module in needed.items() if module is not None and find_spec(module) is None}
-    record["left_out"] = {case: f"needs module {module!r}" for case, module in absent.items()}
-    record["cases"] = {case: run_case(case, options) for case in needed if case not in absent}
+    record: Record = {"left_out": {case: f"needs module {module!r}" for case, module in absent.items()}}
+    record["cases"] = {case: run_case(case, options) | origin for case in needed if case not in absent}
     if "import" in wanted:
-        record["imports"] = time_imports(options.pairs)
+        record["imports"] = time_imports(options.pairs) | origin
     return record
+
+
+def merged(before: Record, now: Record) -> Record:
+    """
+    :param before: what had been measured, maybe nothing
+    :param now: what takes its place, from :func:`make_record`
+    :return: both, in the order of :data:`benchmarks.cases.CASES`
+    """
+    cases = {**before.get("cases", {}), **now["cases"]}
+    left_out = {case: why for case, why in now["left_out"].items() if case not in cases}
+    return {**before, **now, "left_out": left_out, "cases": {case: cases[case] for case in CASES if case in cases}}
 
 
 def write_results(record: Record, options: argparse.Namespace) -> list[Path]:
@@ -267,13 +283,21 @@ def write_results(record: Record, options: argparse.Namespace) -> list[Path]:
     """
     options.out.mkdir(parents=True, exist_ok=True)
     figures, text, chart = (options.out / f"throughput.{kind}" for kind in ("json", "md", "png"))
-    write_json(figures, record)
     text.write_text(table(record) + "\n", encoding="utf-8")
-    written = [figures, text]
-    if record["cases"]:
-        plot(record, chart)
-        written.append(chart)
-    return written + save_result(options.save_result, [path for path in written if path != text])
+    written = [text, *_write(record, figures, chart)]
+    if options.save_result is not None:
+        saved = RESULTS / f"{options.save_result}.json"
+        before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+        written += _write(merged(before, record), saved, saved.with_suffix(".png"))
+    return written
+
+
+def _write(record: Record, figures: Path, chart: Path) -> list[Path]:
+    write_json(figures, record)
+    if not record["cases"]:
+        return [figures]
+    plot(record, chart)
+    return [figures, chart]
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -301,8 +325,6 @@ def main() -> None:
     print(f"\n{table(record)}\n")
     for path in write_results(record, options):
         print(f"wrote {path}")
-    if options.save_result is not None:
-        print(f"\nfor docs/results.md:\n{summary(record)}")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,11 @@ def test_throughput_end_to_end(tmp_path: Path) -> None:
     arguments = ("--pairs", "1", "--scale", "1e-9", "--only", "cartpole_zoo", "--only", "import", "--out", str(tmp_path))
     printed = run_module("throughput", *arguments)
     record = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
-    assert record["versions"].keys() >= {"torch", "stable-baselines3"}
     assert list(record["cases"]) == ["cartpole_zoo"]
     case = record["cases"]["cartpole_zoo"]
+    assert case["origin"]["versions"].keys() >= {"torch", "stable-baselines3"}
+    assert case["origin"]["pairs"] == 1
+    assert record["imports"]["origin"] == case["origin"]
     assert case["timesteps"] == 8 * 32
     assert case["contestants"][0]["engine"] == "sb3"
     ran = {(row["engine"], row["envs"]) for row in case["contestants"]}
@@ -306,6 +308,16 @@ def test_cases_whose_environments_are_not_there_are_left_out(monkeypatch: pytest
     record = throughput.make_record(options)
     assert record["cases"] == {}
     assert "Left out: Hopper-v5, rl-zoo3's settings, which needs module 'mujoco'." in throughput.table(record)
+
+
+def test_what_is_measured_again_takes_the_place_of_the_same() -> None:
+    old = {"cases": {"breakout": "old", "cartpole_zoo": "old"}, "imports": "old", "left_out": {"hopper": "needs"}}
+    new: dict[str, Any] = {"cases": {"hopper": "new", "cartpole_zoo": "new"}, "left_out": {"half_cheetah": "needs"}}
+    both = throughput.merged(old, new)
+    assert list(both["cases"].items()) == [("cartpole_zoo", "new"), ("hopper", "new"), ("breakout", "old")]
+    assert both["imports"] == "old"
+    assert both["left_out"] == {"half_cheetah": "needs"}
+    assert throughput.merged({}, new)["cases"].keys() == new["cases"].keys()
 
 
 def test_hyperparameters_may_name_modules_of_torch() -> None:
