@@ -145,7 +145,7 @@ PROTOCOL: dict[str, Entry] = {
         5,
         0.4,
         None,
-        {"reference": Contestant("torch", "dummy"), "fast": Contestant("numpy", "dummy")},
+        {"reference": Contestant("torch", "dummy"), "fast": Contestant("compiled", "dummy")},
         evaluations=10,
         deterministic=False,
         note=(
