@@ -278,9 +278,11 @@ class ScratchRolloutBuffer(RolloutBuffer):
     # -------------------------------------------- what the policy says, after the steps
 
     def keeps(self, obs: Any) -> bool:
-        """Whether the storage will hold all that a policy in float32 sees in ``obs``, ``[n_envs, *obs_shape]`` and no dict."""
+        """Whether the storage will hold all that a policy in float32 sees in ``obs``: ``[n_envs, *obs_shape]``, or a dict."""
         storage = self.observations
-        return isinstance(storage, np.ndarray) and isinstance(obs, np.ndarray) and _is_exact(obs.dtype, storage.dtype)
+        if isinstance(storage, dict):
+            return isinstance(obs, dict) and all(_is_exact(obs[key].dtype, each.dtype) for key, each in storage.items())
+        return isinstance(obs, np.ndarray) and _is_exact(obs.dtype, storage.dtype)
 
     def unrated_steps(self, n_rows: int) -> Iterator[slice]:
         """
@@ -293,14 +295,16 @@ class ScratchRolloutBuffer(RolloutBuffer):
             for part in (run[start : start + length] for start in range(0, len(run), length)):
                 yield slice(int(part[0]), int(part[-1]) + 1)
 
-    def acted(self, steps: slice) -> tuple[np.ndarray, np.ndarray]:
+    def acted(self, steps: slice) -> tuple[Any, np.ndarray]:
         """
-        What the policy saw and did in ``steps``, environment-major; views where that is possible. No Dict observations.
+        What the policy saw and did in ``steps``, environment-major; views where that is possible.
 
-        :return: ``[n_rows, *obs_shape]`` and ``[n_rows, action_dim]``
+        :return: ``[n_rows, *obs_shape]``, or a dict of such, and ``[n_rows, action_dim]``
         """
-        assert isinstance(self.observations, np.ndarray), "or keeps() would have said so"
-        return _by_environment(self.observations[steps]), _by_environment(self.actions[steps])
+        seen: Any = self.observations
+        if isinstance(seen, dict):
+            return {key: _by_environment(each[steps]) for key, each in seen.items()}, _by_environment(self.actions[steps])
+        return _by_environment(seen[steps]), _by_environment(self.actions[steps])
 
     def extra(self, name: str, steps: slice) -> np.ndarray | None:
         """One of the extras in ``steps``, ``[n_rows, ...]`` in the order of :meth:`acted`; ``None`` if there is none."""

@@ -458,7 +458,7 @@ def test_the_gradient_with_masks(action_space: str, instruction_set: str) -> Non
     maskable = pytest.importorskip("sb3_contrib.common.maskable.policies").MaskableActorCriticPolicy
     policy = maskable(OBSERVATION_SPACES["box"], ACTION_SPACES[action_space], ConstantSchedule(1e-3))
     batch, config = masked_rollout(policy, 70), update_config(n_epochs=1, batch_size=70, max_grad_norm=1e9, ent_coef=0.01)
-    expected, exact = autograd(copy.deepcopy(policy).double(), in_double(Batch.of(batch.dataset())), config)
+    expected, exact = autograd(copy.deepcopy(policy).double(), in_double(Batch.of(batch.dataset(), np.asarray)), config)
     stats = CompiledEngine(policy).update(batch, config)
     for parameter, gradient in zip(policy.parameters(), exact, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9

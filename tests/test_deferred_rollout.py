@@ -44,6 +44,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "relu, elsewhere no layers": {"policy_kwargs": {"net_arch": {"pi": [], "vf": [8]}, "activation_fn": nn.ReLU}},
     "leaky relu": {"policy_kwargs": {"net_arch": [5, 6, 7], "activation_fn": nn.LeakyReLU}},
     "elu": {"policy_kwargs": {"activation_fn": nn.ELU}},
+    "gSDE": {"use_sde": True, "sde_sample_freq": 3},
 }
 
 
@@ -56,7 +57,8 @@ class Looking(BaseCallback):
     def _on_step(self) -> bool:
         shown = (self.locals[name] for name in ("values", "log_probs", "dist_params"))
         self.seen.append(tuple(each.numpy().reshape(self.training_env.num_envs, -1) for each in shown))
-        assert th.is_tensor(self.locals["obs_tensor"])
+        tensors = self.locals["obs_tensor"]
+        assert all(map(th.is_tensor, tensors.values() if isinstance(tensors, dict) else [tensors]))
         if len(self.seen) > 1:  # the step before this one is in the buffer by now
             np.testing.assert_array_equal(self.model.rollout_buffer.values[len(self.seen) - 2, :, None], self.seen[-2][0])
         return True
@@ -113,7 +115,11 @@ def assert_same_rollout(deferred: ScratchPPO, whole: ScratchPPO, exact: bool = T
     """To the last bit; or where no step was left for later, up to rounding."""
     ours, theirs = deferred.rollout_buffer, whole.rollout_buffer
     assert not ours.unrated.any()
-    for name in FIELDS:
+    if isinstance(ours.observations, dict):
+        assert ours.observations.keys() == theirs.observations.keys()
+        for key, each in ours.observations.items():
+            np.testing.assert_array_equal(each, theirs.observations[key], err_msg=key)
+    for name in FIELDS[isinstance(ours.observations, dict) :]:
         a, b = getattr(ours, name), getattr(theirs, name)
         assert a.shape == b.shape
         assert a.dtype == b.dtype
@@ -140,9 +146,10 @@ def test_every_action_space(actions: str, n_envs: int) -> None:
     compare(lambda: toys(actions=ACTION_SPACES[actions], n_envs=n_envs))
 
 
-@pytest.mark.parametrize("observations", [name for name in OBSERVATION_SPACES if name not in ("box", "dict")])
+@pytest.mark.parametrize("observations", [name for name in OBSERVATION_SPACES if name != "box"])
 def test_every_observation_space(observations: str) -> None:
-    compare(lambda: toys(OBSERVATION_SPACES[observations]))
+    policy = "MultiInputPolicy" if observations == "dict" else "MlpPolicy"
+    compare(lambda: toys(OBSERVATION_SPACES[observations]), policy=policy)
 
 
 @pytest.mark.parametrize("kwargs", NETWORKS.values(), ids=NETWORKS)

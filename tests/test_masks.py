@@ -148,13 +148,12 @@ def test_bits_of_maskable_ppo_and_fast_engines_equal(kind: str, env: dict[str, A
     for mine, reference in zip(our_metrics, their_metrics, strict=True):
         assert {key: mine[key] for key in reference} == reference
         assert 0 <= mine["train/kl"] < 1
-    if policy == "MlpPolicy":
-        for callback in (None, lambda *_: True):  # without one, log-probabilities come after the rollout
-            for engine in ("numpy", "auto"):
-                fast, _ = trained(ScratchPPO, f"Maskable{policy}", callback, engine=engine)
-                assert fast._engine.name == (FASTEST if engine == "auto" else engine)
-                for mine, reference in zip(fast.policy.parameters(), theirs.policy.parameters(), strict=True):
-                    np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-6)
+    for callback in (None, lambda *_: True):  # without one, log-probabilities come after the rollout
+        for engine in ("numpy", "auto"):
+            fast, _ = trained(ScratchPPO, f"Maskable{policy}", callback, engine=engine)
+            assert fast._engine.name == (FASTEST if engine == "auto" else engine)
+            for mine, reference in zip(fast.policy.parameters(), theirs.policy.parameters(), strict=True):
+                np.testing.assert_allclose(mine.detach(), reference.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shared", [False, True])

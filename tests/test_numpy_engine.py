@@ -16,7 +16,7 @@ from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
-from sb3_ppo_from_scratch import MlpPolicy, ScratchPPO, SharedMlpPolicy
+from sb3_ppo_from_scratch import MlpPolicy, MultiInputPolicy, ScratchPPO, SharedMlpPolicy
 from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.distributions import apply_masks, distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
@@ -264,9 +264,21 @@ def test_gsde(policy: str, noise: dict[str, Any]) -> None:
     compare_update(OBSERVATION_SPACES["box"], ACTION_SPACES["box-2d"], ["numpy", "auto"], **options)
 
 
-@pytest.mark.parametrize("name", [name for name in OBSERVATION_SPACES if name != "dict"])
+@pytest.mark.parametrize("name", OBSERVATION_SPACES)
 def test_on_every_observation_space(name: str) -> None:
-    compare_update(OBSERVATION_SPACES[name], ACTION_SPACES["discrete"])
+    policy = "MultiInputPolicy" if name == "dict" else "MlpPolicy"
+    compare_update(OBSERVATION_SPACES[name], ACTION_SPACES["discrete"], policy=policy)
+
+
+def test_dict_observations_in_minibatches_of_sb3s() -> None:
+    options = {"policy": "MultiInputPolicy", "rollout_buffer_class": type("Theirs", (DictRolloutBuffer,), {})}
+    compare_update(OBSERVATION_SPACES["dict"], ACTION_SPACES["box"], **options)
+
+
+def test_images_in_dicts_are_left_to_the_reference() -> None:
+    images = spaces.Dict({"vector": VECTOR, "image": spaces.Box(0, 255, (1, 36, 36), np.uint8)})
+    policy = MultiInputPolicy(images, spaces.Discrete(2), ConstantSchedule(1e-3))
+    assert choose_engine("auto", policy).refusals["numpy"] == "features_extractor.extractors.image is of type NatureCNN"
 
 
 @pytest.mark.parametrize("n_envs", [1, 8])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from typing_extensions import override
 from sb3_ppo_from_scratch.buffer import is_ours, minibatch_source
 from sb3_ppo_from_scratch.engines.compiled.library import Kernel, Update
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
-from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, Features
 from sb3_ppo_from_scratch.engines.replayed import ReplayedLearner, ReplayedMinibatch
 from sb3_ppo_from_scratch.update import UpdateConfig
 
@@ -43,7 +43,7 @@ class CompiledLearner(ReplayedLearner):
         kernel: Kernel,
         update: Update,
         adam: FlatAdam,
-        features: Callable[[np.ndarray], np.ndarray],
+        features: Features,
     ):
         self.buffer, self.config = buffer, config
         self.kernel, self.adam, self.features = kernel, adam, features
@@ -51,14 +51,16 @@ class CompiledLearner(ReplayedLearner):
         self._epochs_begun = 0
         self._scratch = np.empty(0, np.float32)
         _set_coefficients(update, config, adam)
-        self._size = 0 if self._takes_samples() else self._hold(Batch.of(buffer.dataset()), config.batch_size)  # type: ignore[attr-defined]
+        self._size = 0 if self._takes_samples() else self._hold(Batch.of(buffer.dataset(), features), config.batch_size)  # type: ignore[attr-defined]
 
     def _takes_samples(self) -> bool:
         """Whether the rollout is not to be had, or not to be prepared, all at once."""
         if not is_ours(self.buffer):
             return True
         n_bytes = 4 * self._update.n_features * self.buffer.buffer_size * self.buffer.n_envs
-        return self.buffer.observations.dtype.kind != "f" and n_bytes > _FEW_BYTES  # type: ignore[union-attr]  # no Dict gets here
+        seen = self.buffer.observations
+        parts = seen.values() if isinstance(seen, dict) else [seen]
+        return n_bytes > _FEW_BYTES and any(part.dtype.kind != "f" for part in parts)
 
     def _hold(self, batch: Batch, batch_size: int) -> int:
         """
@@ -90,7 +92,7 @@ class CompiledLearner(ReplayedLearner):
     def _samples(self) -> Iterator[ReplayedMinibatch]:
         """The loop may ask for no more of them."""
         for sample in minibatch_source(self.buffer)(self.config.batch_size):
-            batch = Batch.of(sample)
+            batch = Batch.of(sample, self.features)
             yield from self._run(np.arange(self._hold(batch, batch.size)))
 
     def _run(self, order: np.ndarray) -> list[ReplayedMinibatch]:
@@ -111,7 +113,7 @@ def _set_coefficients(update: Update, config: UpdateConfig, adam: FlatAdam) -> N
     update.decoupled = group.get("decoupled_weight_decay", False)
 
 
-def _prepared(batch: Batch, update: Update, features: Callable[[np.ndarray], np.ndarray]) -> Batch:
+def _prepared(batch: Batch, update: Update, features: Features) -> Batch:
     """
     The transitions as float32, one after the other.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -43,6 +44,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
     mask_out,
 )
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Observations
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.policies import takes_masks
@@ -141,7 +143,7 @@ class NumpyEngine(Engine):
     def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         if not self.is_as_acted():
             self._actor = None
-        features = self.features(obs.numpy())  # type: ignore[union-attr]  # no Dict gets here
+        features = self.features(_arrays(obs))
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
             actions = self._sampled(features, action_masks)
             outputs, values = self.network.forward(features)
@@ -156,7 +158,7 @@ class NumpyEngine(Engine):
         )
 
     @override
-    def sample_actions(self, obs: np.ndarray, action_masks: np.ndarray | None = None) -> np.ndarray:
+    def sample_actions(self, obs: Observations, action_masks: np.ndarray | None = None) -> np.ndarray:
         features = self.features(obs)
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
             return self._sampled(features, action_masks).reshape(-1, *self._action_shape)
@@ -201,15 +203,19 @@ class NumpyEngine(Engine):
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
-        return th.from_numpy(self.network.forward(self.features(obs.numpy()))[1])[:, None]  # type: ignore[union-attr]  # likewise
+        return th.from_numpy(self.network.forward(self.features(_arrays(obs)))[1])[:, None]
 
-    def features(self, obs: np.ndarray) -> np.ndarray:
-        """``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them; a view where the observations are float32."""
-        if obs.dtype != np.float32:  # float32 is a Box of reals, which SB3 takes as it is
-            policy = self.policy
-            tensor = preprocess_obs(th.from_numpy(obs), policy.observation_space, normalize_images=policy.normalize_images)
-            obs = tensor.numpy()  # type: ignore[union-attr]  # only Dict observations yield a dict
-        return obs.reshape(len(obs), -1)
+    def features(self, obs: Observations) -> np.ndarray:
+        """
+        ``[B, n_features]``, as SB3's ``FlattenExtractor`` makes them, or from a dict its ``CombinedExtractor``.
+
+        A view where the observations are one array of float32.
+        """
+        space, normalizes = self.policy.observation_space, self.policy.normalize_images
+        if not isinstance(obs, dict):
+            return _flattened(obs, space, normalizes)
+        keys: Any = self.policy.features_extractor.extractors  # in its order
+        return np.concatenate([_flattened(obs[key], space[key], normalizes) for key in keys], axis=1)  # type: ignore[index]
 
     # ----------------------------------------------------------------- update
 
@@ -225,3 +231,15 @@ class NumpyEngine(Engine):
             finally:
                 self.network.forget()
                 drop_graph(self._distribution)  # gSDE's matrices have one
+
+
+def _arrays(obs: PyTorchObs) -> Observations:
+    """Of tensors on the CPU, in their memory."""
+    return {key: each.numpy() for key, each in obs.items()} if isinstance(obs, dict) else obs.numpy()
+
+
+def _flattened(obs: np.ndarray, space: spaces.Space, normalize_images: bool) -> np.ndarray:
+    """``[B, n_features]``"""
+    if obs.dtype != np.float32:  # float32 is a Box of reals, which SB3 takes as it is
+        obs = preprocess_obs(th.from_numpy(obs), space, normalize_images=normalize_images).numpy()  # type: ignore[union-attr]
+    return obs.reshape(len(obs), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,11 @@ from typing_extensions import override
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_ours
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import Head, forbidden, mask_out
-from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, normalized, ppo_gradient
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, Features, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
 from sb3_ppo_from_scratch.update import Gradient, Learner, UpdateConfig
 
 __all__ = ["NumpyLearner"]
-
-Features = Callable[[np.ndarray], np.ndarray]
 
 
 class NumpyLearner(Learner[Batch]):
@@ -53,8 +51,8 @@ class NumpyLearner(Learner[Batch]):
     def minibatches(self) -> Iterable[Batch]:
         """Ours is gathered once per epoch; other buffers hand out their own."""
         if self._epochs is None:
-            samples = map(Batch.of, self.buffer.get(self.config.batch_size))  # type: ignore[arg-type]  # six fields alike
-            return map(self.prepared, samples)
+            samples = self.buffer.get(self.config.batch_size)
+            return (self.prepared(Batch.of(sample, self.features)) for sample in samples)  # type: ignore[arg-type]  # six fields alike
         order = np.random.permutation(self._epochs.data.size)
         if self._whole is not None:  # one minibatch: its order would change nothing but rounding
             return [self._whole]
@@ -114,7 +112,7 @@ class _Epochs:
     """
 
     def __init__(self, features: Features, buffer: ScratchRolloutBuffer):
-        data = Batch.of(buffer.dataset())
+        data = Batch.of(buffer.dataset(), features)
         if data.observations.dtype == np.float64:  # once, and not once per minibatch
             data = data._replace(observations=features(data.observations))
         self.data = data

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,15 @@ from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import UpdateConfig
 
-__all__ = ["Batch", "OutputGradients", "normalized", "ppo_gradient"]
+__all__ = ["Batch", "Features", "Observations", "OutputGradients", "normalized", "ppo_gradient"]
+
+
+Observations = np.ndarray | dict[str, np.ndarray]
+"""``[B, *obs_shape]``, or a dict of such"""
+
+
+Features = Callable[[Observations], np.ndarray]
+"""From observations to what the network takes, ``[B, n_features]``"""
 
 
 class Batch(NamedTuple):
@@ -29,11 +37,19 @@ class Batch(NamedTuple):
     """``[B, n_choices]``, bool, which actions were allowed; ``None`` for all"""
 
     @classmethod
-    def of(cls, data: RolloutData) -> Batch:
-        """Share the memory of ``data``, or of SB3's samples, on CPU."""
+    def of(cls, data: RolloutData, features: Features) -> Batch:
+        """
+        :param data: or SB3's samples; on CPU, and the memory is shared
+        :param features: of observations that cannot stay as they are
+        """
         masks = data.extras.get("action_masks") if isinstance(data, RolloutData) else None
-        arrays = (None if field is None else field.numpy() for field in data[: len(cls._fields) - 1])  # type: ignore[union-attr]
-        return cls(*arrays, action_masks=None if masks is None else masks.numpy())  # type: ignore[arg-type, misc]
+        arrays = [None if field is None else field.numpy() for field in data[1 : len(cls._fields) - 1]]  # type: ignore[union-attr]
+        observations: Any = data.observations
+        if isinstance(observations, dict):
+            observations = features({key: each.numpy() for key, each in observations.items()})
+        else:
+            observations = observations.numpy()
+        return cls(observations, *arrays, action_masks=None if masks is None else masks.numpy())  # type: ignore[arg-type, misc]
 
     @property
     def size(self) -> int:

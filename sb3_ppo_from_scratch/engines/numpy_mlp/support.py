@@ -16,8 +16,8 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_ppo_from_scratch import losses
@@ -30,7 +30,8 @@ from sb3_ppo_from_scratch.update import Loss, minibatch_loss
 __all__ = ["layers_of", "loss_reason", "optimizer_reason", "source_digest", "unsupported_reason"]
 
 _ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU)
-_BUILT_INS = (FlattenExtractor, MlpExtractor, SharedMlpExtractor, nn.Flatten, nn.Sequential, nn.Linear, *_ACTIVATIONS)
+_EXTRACTORS = (FlattenExtractor, CombinedExtractor, MlpExtractor, SharedMlpExtractor)
+_BUILT_INS = (*_EXTRACTORS, nn.Flatten, nn.Sequential, nn.ModuleDict, nn.Linear, *_ACTIVATIONS)
 _DISTRIBUTIONS = (
     CategoricalDistribution,
     MultiCategoricalDistribution,
@@ -38,6 +39,8 @@ _DISTRIBUTIONS = (
     DiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
+_POLICIES = (ActorCriticPolicy, MultiInputActorCriticPolicy, SharedMlpPolicy)
+_MASKABLE_POLICIES = [MASKABLE[name] for name in ("MaskableMlpPolicy", "MaskableMultiInputPolicy")]
 _MASKED_DISTRIBUTIONS = [
     f"sb3_contrib.common.maskable.distributions:Maskable{kind}Distribution"
     for kind in ("Categorical", "MultiCategorical", "Bernoulli")
@@ -49,10 +52,8 @@ _MASKED_DISTRIBUTIONS = [
 
 def unsupported_reason(policy: ActorCriticPolicy) -> str | None:
     """What about ``policy`` or its optimizer is not computed by hand; ``None`` if nothing."""
-    if type(policy) not in (ActorCriticPolicy, SharedMlpPolicy, imported(MASKABLE["MaskableMlpPolicy"])):
-        return (
-            f"it computes MlpPolicy, SharedMlpPolicy and MaskableMlpPolicy, and the policy is of type {type(policy).__name__}"
-        )
+    if type(policy) not in (*_POLICIES, *map(imported, _MASKABLE_POLICIES)):
+        return f"it computes policies of fully connected layers, and this one is of type {type(policy).__name__}"
     if type(policy.action_dist) not in (*_DISTRIBUTIONS, *map(imported, _MASKED_DISTRIBUTIONS)):
         return f"it does not compute a {type(policy.action_dist).__name__}"
     if getattr(policy.action_dist, "bijector", None) is not None or getattr(policy.action_dist, "learn_features", False):
@@ -82,11 +83,14 @@ def optimizer_reason(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tens
 def _structure_reason(policy: ActorCriticPolicy) -> str | None:
     """Built-in modules may stand where SB3 would not have put them; every one must be one that is computed, in its place."""
     extractor = policy.features_extractor
-    if type(extractor) is not FlattenExtractor or not policy.share_features_extractor:
-        return f"the features extractor must be one FlattenExtractor for both towers, not {type(extractor).__name__}"
+    if type(extractor) not in (FlattenExtractor, CombinedExtractor) or not policy.share_features_extractor:
+        return f"the features extractor must be one that flattens, for both towers, not {type(extractor).__name__}"
+    for name, module in extractor.named_modules():
+        if module is not extractor and type(module) not in (nn.Flatten, nn.ModuleDict):
+            return f"features_extractor.{name} is of type {type(module).__name__}"
     if type(policy.mlp_extractor) not in (MlpExtractor, SharedMlpExtractor):
         return f"mlp_extractor is of type {type(policy.mlp_extractor).__name__}"
-    computed: list[Any] = [extractor, extractor.flatten, policy.mlp_extractor]
+    computed: list[Any] = [*extractor.modules(), policy.mlp_extractor]
     widths = []
     for name, tower in _towers(policy):
         reason = _tower_reason(tower, policy.features_dim)
