@@ -253,15 +253,16 @@ class ScratchPPO(RolloutAlgorithm):
     # ------------------------------------------------------------------ set-up
 
     @staticmethod
-    def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    def _wrap_env(env: GymEnv | VectorEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
-        As SB3 does; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, its
+        As SB3 does; names are welcome in :meth:`load` and :meth:`set_env` too; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, its
         ``DummyVecEnv`` and ``VecNormalize`` take leaner steps, and processes are watched from now on.
         """
         if isinstance(env, VectorEnv):
             if verbose >= 1:
                 print("Wrapping the env in a NativeVecEnv.")
             env = NativeVecEnv(env)
+        env = maybe_make_env(env, verbose)
         env = make_lean(mask_reset_rows(OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)))
         watch_workers(env)
         return env
@@ -818,9 +819,7 @@ class ScratchPPO(RolloutAlgorithm):
             raise ValueError("env must be an environment made as the run's was, not None")
         state = load_run(path, cls)
         with errors_for_assertions("env"):
-            if not hasattr(env, "observation_space"):
-                env = maybe_make_env(env, 0)
-            env = cls._wrap_env(env)  # type: ignore[arg-type]  # whatever is not a name by now
+            env = cls._wrap_env(env)
         if env.num_envs != state["n_envs"]:
             raise ValueError(f"env must have {state['n_envs']} environments as the checkpoint's run had, not {env.num_envs}")
         saved = io.BytesIO(state["model"])

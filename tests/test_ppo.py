@@ -281,6 +281,18 @@ def test_set_env() -> None:
     assert model.get_env() is other
 
 
+def test_environments_by_name(tmp_path: Path) -> None:
+    """For whoever loads a model or sets its environment, as for who makes one."""
+    model = small().learn(32)
+    model.save(tmp_path / "model")
+    for other in (ScratchPPO.load(tmp_path / "model", env="CartPole-v1"), model):
+        other.set_env("CartPole-v1")
+        other.learn(32, reset_num_timesteps=False)
+        assert other.num_timesteps == 64
+    with pytest.raises(gym.error.NameNotFound, match="CartPool"):
+        model.set_env("CartPool-v1")
+
+
 def test_parameters_round_trip(tmp_path: Path) -> None:
     trained, fresh = small(seed=1).learn(64), small(seed=2)
     fresh.set_parameters(trained.get_parameters())
