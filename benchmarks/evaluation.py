@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_from_scratch.evaluation import evaluate_policy
 
 __all__ = ["EVALUATION_SEED", "Evaluation", "evaluate"]
 

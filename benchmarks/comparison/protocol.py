@@ -87,6 +87,7 @@ class Entry:
 _SB3 = {"sb3": Contestant("sb3", "dummy"), "reference": Contestant("torch", "dummy")}
 _SMALL = {**_SB3, "fast": Contestant("numpy", "dummy")}
 _BREAKOUT = {**_SB3, "fast": Contestant("channels_last", "ale", precision="bf16")}
+_LSTM = {"reference": Contestant("torch", "dummy"), "fast": Contestant("lstm", "dummy")}
 _GSDE = "No faster engine computes gSDE, which the zoo's hyperparameters use here; `auto` takes the reference."
 
 PROTOCOL: dict[str, Entry] = {
@@ -115,6 +116,32 @@ PROTOCOL: dict[str, Entry] = {
         Score(242.119, 31.823),
         _SMALL,
         note="The zoo's score is of LunarLander-v2.",
+    ),
+    "CartPoleNoVel-v1": Entry(
+        "rl_zoo3.import_envs:CartPoleNoVel-v1",
+        100_000,
+        5,
+        25.0,
+        None,
+        _LSTM,
+        hyperparameters="CartPoleNoVel-v1",
+        evaluations=10,
+        note="CartPole without velocities, with an LSTM. The reference's bits are those of sb3-contrib's RecurrentPPO.",
+    ),
+    "Taxi-v4": Entry(
+        "Taxi-v4",
+        300_000,
+        5,
+        0.4,
+        None,
+        {"reference": Contestant("torch", "dummy"), "fast": Contestant("numpy", "dummy")},
+        evaluations=10,
+        deterministic=False,
+        note=(
+            "With masks of invalid actions. The reference's bits are those of sb3-contrib's MaskablePPO. Actions are sampled, "
+            "since the most probable ones may lead round in a circle for 200 steps, for a return of -200. This and the margin "
+            "were chosen on other seeds than those compared."
+        ),
     ),
     "Catch": Entry(
         catch.ENV_ID,
