@@ -36,7 +36,18 @@ class Task(NamedTuple):
     def described(self) -> dict[str, Any]:
         """All that learning depends on, as JSON has it; schedules as the hyperparameter file writes them."""
         named = {"policy": self.policy, "n_envs": self.n_envs, "normalize": self.normalize, **self.arguments}
-        return {name: f"lin_{value(1.0):g}" if callable(value) else value for name, value in named.items()}
+        return {name: _described(value) for name, value in named.items()}
+
+
+def _described(value: Any) -> Any:
+    """A value as the hyperparameter file writes it, in JSON's terms."""
+    if isinstance(value, dict):
+        return {name: _described(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(held) for held in value]
+    if isinstance(value, type):
+        return f"nn.{value.__name__}"
+    return f"lin_{value(1.0):g}" if callable(value) else value
 
 
 def schedule(text: str) -> Schedule:

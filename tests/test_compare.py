@@ -43,7 +43,8 @@ COMMITTED = RESULTS / "compare"
 def test_tasks_are_what_the_zoo_makes_of_its_file(entry: Entry) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         # the zoo knows no Catch, and no module before a name
-        env_id = "BreakoutNoFrameskip-v4" if entry.hyperparameters == "atari" else entry.env_id.rpartition(":")[2]
+        named = entry.hyperparameters or entry.env_id.rpartition(":")[2]
+        env_id = "BreakoutNoFrameskip-v4" if named == "atari" else named
         zoo = ExperimentManager(argparse.Namespace(), "ppo", env_id, "", config=str(HYPERPARAMETERS))
         theirs: dict[str, Any] = zoo._preprocess_hyperparams(zoo.read_hyperparameters()[0])[0]
     ours = entry.task()
@@ -174,7 +175,7 @@ HYPERPARAMETERS_OF_CARTPOLE = PROTOCOL["CartPole-v1"].task().described()
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"engine": "warp"}, "engine 'warp', not the protocol's 'numpy'"),
+        ({"engine": "warp"}, "engine 'warp', not the protocol's 'compiled'"),
         ({"precision": "bf16"}, "precision 'bf16', not the protocol's 'fp32'"),
         ({"envs": "native"}, "envs 'native', not the protocol's 'dummy'"),
         (
@@ -197,10 +198,16 @@ def test_runs_under_other_conditions_are_refused(changes: dict[str, Any], says: 
         load_records(tmp_path)
 
 
+@pytest.mark.parametrize("entry", PROTOCOL.values(), ids=PROTOCOL)
+def test_json_gives_hyperparameters_back(entry: Entry) -> None:
+    told = entry.task().described()
+    assert json.loads(json.dumps(told)) == told
+
+
 def test_hyperparameters_are_told_as_the_file_has_them() -> None:
-    told = json.loads(json.dumps(PROTOCOL["CartPole-v1"].task().described()))
-    assert told == PROTOCOL["CartPole-v1"].task().described(), "JSON gives back what it was given"
+    told = PROTOCOL["CartPole-v1"].task().described()
     assert (told["learning_rate"], told["n_envs"], told["normalize"]) == ("lin_0.001", 8, None)
+    assert PROTOCOL["CartPoleNoVel-v1"].task().described()["policy_kwargs"]["activation_fn"] == "nn.ReLU"
 
 
 def test_runs_of_several_commits_are_named(tmp_path: Path) -> None:
@@ -350,7 +357,7 @@ def test_the_headline_is_of_common_seeds(tmp_path: Path) -> None:
     keep(tmp_path, a_run(0, 101.0, side="fast"), a_run(1, 203.0, side="fast"))
     text = tables.headline(load_records(tmp_path))
     row = next(line for line in text.splitlines() if line.startswith("| CartPole-v1 |"))
-    assert "| 100,000 | 2 of 10 | 150.0 [100.0, 200.0] | 152.0 [101.0, 203.0], `numpy` | +2.0 [-10.7, +14.7] |" in row
+    assert "| 100,000 | 2 of 10 | 150.0 [100.0, 200.0] | 152.0 [101.0, 203.0], `compiled` | +2.0 [-10.7, +14.7] |" in row
     assert row.endswith("| no verdict before all seeds and steps are run | 5.00 (5.00 to 5.00) |")
     assert text.count("*not run yet*") == 2 * (len(PROTOCOL) - 1)
 
@@ -430,7 +437,9 @@ def test_a_run_that_waited_for_its_core_is_not_compared_by_the_wall_clock() -> N
     waited["evaluations"][-1]["seconds"] = 20.0  # of which it ran for 10
     sides = {"sb3": {0: waited}, "fast": {0: undisturbed}}
     assert records_module.clock(sides) == "cpu_seconds"
-    assert "times as fast: not measured: disturbed" in tables.details("CartPole-v1", sides)
+    assert "times as fast: not measured" in tables.details("CartPole-v1", sides)
+    later = {"sb3": {0: a_run(0)}, "fast": {0: a_run(0, side="fast", commit="of another day")}}
+    assert records_module.clock(later) == "cpu_seconds"
     _figure, axes = subplots(1, 1, (4, 3))
     figures._plot_entry(axes[0, 0], "CartPole-v1", sides, "seconds")
     assert axes[0, 0].get_xlabel() == "CPU time of training (s)"
@@ -451,7 +460,7 @@ def test_pictures_show_only_what_has_been_run(tmp_path: Path, monkeypatch: pytes
         panels = [axis for axis in drawn[name].axes if axis.get_visible()]
         assert [axis.get_title() for axis in panels] == titles, name
         assert all(axis.lines for axis in panels), name
-    assert [text.get_text() for text in drawn["headline.png"].legends[0].texts] == ["SB3 PPO", "ScratchPPO, engine numpy"]
+    assert [text.get_text() for text in drawn["headline.png"].legends[0].texts] == ["SB3 PPO", "ScratchPPO, engine compiled"]
     assert "(differences.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
     keep(tmp_path / "one", a_run(0), a_run(0, side="fast"))

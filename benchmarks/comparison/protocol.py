@@ -85,14 +85,14 @@ class Entry:
 
 
 _SB3 = {"sb3": Contestant("sb3", "dummy"), "reference": Contestant("torch", "dummy")}
-_SMALL = {**_SB3, "fast": Contestant("numpy", "dummy")}
+_SMALL = {**_SB3, "fast": Contestant("compiled", "dummy")}
 _BREAKOUT = {**_SB3, "fast": Contestant("channels_last", "ale", precision="bf16")}
 _LSTM = {"reference": Contestant("torch", "dummy"), "fast": Contestant("lstm", "dummy")}
 _GSDE = "No faster engine computes gSDE, which the zoo's hyperparameters use here; `auto` takes the reference."
 
 PROTOCOL: dict[str, Entry] = {
     "CartPole-v1": Entry(
-        "CartPole-v1", 100_000, 10, 25.0, Score(500.0, 0.0), {**_SMALL, "native": Contestant("numpy", "native")}
+        "CartPole-v1", 100_000, 10, 25.0, Score(500.0, 0.0), {**_SMALL, "native": Contestant("compiled", "native")}
     ),
     "Acrobot-v1": Entry("Acrobot-v1", 1_000_000, 5, 5.0, Score(-73.506, 18.201), _SMALL),
     # the only one without a score at which it is solved: 5% of the 1000 between a random agent and a trained one
@@ -116,6 +116,17 @@ PROTOCOL: dict[str, Entry] = {
         Score(242.119, 31.823),
         _SMALL,
         note="The zoo's score is of LunarLander-v2.",
+    ),
+    "Reacher-v5": Entry(
+        "Reacher-v5",
+        200_000,
+        5,
+        2.0,
+        None,
+        {side: _SMALL[side] for side in ("sb3", "fast")},
+        hyperparameters="Reacher-v2",
+        evaluations=10,
+        note="A task of MuJoCo's, for a fifth of the zoo's steps. The margin is 5% of the 40 between a random agent and a trained one.",
     ),
     "CartPoleNoVel-v1": Entry(
         "rl_zoo3.import_envs:CartPoleNoVel-v1",

@@ -158,14 +158,16 @@ def clock(sides: dict[str, dict[int, Run]]) -> str:
     """
     The field of an entry's evaluations by which its runs' times may be compared: ``"seconds"``, by the wall clock.
 
-    If a run had to wait for its core, for more than 5% of its time, the wall clock says nothing, and curves are drawn over
-    ``"cpu_seconds"``. These too grow with what else the machine does, and no speed is quoted from them. Threads of
-    environments count in full.
+    If a run had to wait for its core, for more than 5% of its time, or runs are of several commits, and so of different
+    days, the wall clock says nothing, and curves are drawn over ``"cpu_seconds"``. These too grow with what else the
+    machine does, and no speed is quoted from them. Threads of environments count in full.
 
     :param sides: the entry's runs
     """
-    ends = [run["evaluations"][-1] for runs in sides.values() for run in runs.values()]
-    return "cpu_seconds" if any(end["seconds"] > 1.05 * end["cpu_seconds"] for end in ends) else "seconds"
+    runs = [run for by_seed in sides.values() for run in by_seed.values()]
+    ends = [run["evaluations"][-1] for run in runs]
+    disturbed = any(end["seconds"] > 1.05 * end["cpu_seconds"] for end in ends)
+    return "cpu_seconds" if disturbed or len({run["commit"] for run in runs}) > 1 else "seconds"
 
 
 def training_seconds(runs: dict[int, Run], field: str) -> np.ndarray:

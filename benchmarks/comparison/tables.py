@@ -258,7 +258,7 @@ def _count(seeds: int, entry: Entry) -> str:
 
 def _speed(ours: dict[int, Run], theirs: dict[int, Run]) -> str:
     if clock({"ours": ours, "theirs": theirs}) != "seconds":
-        return "not measured: disturbed"
+        return "not measured"
     ratios = training_seconds(theirs, "seconds") / training_seconds(ours, "seconds")
     spread = f" ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) > 1 else ""
     return f"{np.median(ratios):.2f}{spread}"
