@@ -52,7 +52,7 @@ def measure(name: str, seed: int, scale: float = 1.0) -> dict[str, Any]:
     model = build(case, who, seed)
     assert isinstance(model, ScratchPPO)
     train, updates = model.train, case.timesteps // (model.n_steps * model.n_envs)
-    moments = {max(1, updates * (i + 1) // _MOMENTS) for i in range(_MOMENTS)}
+    moments = {max(1, round(updates * (i + 0.5) / _MOMENTS)) for i in range(_MOMENTS)}  # at the very end some rates are 0
     found: dict[str, Any] = {"engine": who.engine, "timesteps": [], "fast": [], "last_bit": []}
 
     def compare_and_train() -> None:

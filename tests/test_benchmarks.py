@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,8 +25,9 @@ from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, contrib, floor, soak, throughput, timed_run, vector_envs, zoo_engines
+from benchmarks import cartpole, components, contrib, floor, rounding, soak, throughput, timed_run, vector_envs, zoo_engines
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
+from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from tests.helpers import FASTEST
@@ -356,6 +358,25 @@ def test_beside_sb3_contrib(
     assert result["ratios"][theirs] == [1, 1]
     assert result["ratios"][ours][1] == result["speeds"][ours][1] / result["speeds"][theirs][1]
     assert contrib.table(record) in capsys.readouterr().out
+
+
+def test_updates_beside_the_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two fast engines, with gSDE and with an LSTM; measuring changes nothing about a run."""
+    monkeypatch.setattr(rounding, "TASKS", ("MountainCarContinuous-v0", "CartPoleNoVel-v1"))
+    rounding.main(["--scale", "0.02", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "rounding.json").read_text(encoding="utf-8"))
+    assert rounding.table(record) in capsys.readouterr().out
+    for found in record["tasks"].values():
+        assert len(found["fast"]) == len(found["last_bit"]) == len(found["timesteps"]) > 5
+        assert 0 < max(found["last_bit"]) < 1e-4
+        assert 0 < max(found["fast"]) < 1e-4
+    entry = PROTOCOL["CartPoleNoVel-v1"]
+    model: Any = build(scaled(entry.case(), 0.02), entry.sides["fast"], 0).learn(256)
+    once = rounding.change(model, "torch")
+    assert th.equal(rounding.change(model, "torch"), once)
+    assert not th.equal(rounding.change(model, "torch", 1e-3), once)
 
 
 def test_scaled_to_whole_rollouts() -> None:
