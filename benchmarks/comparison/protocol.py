@@ -88,7 +88,7 @@ _SB3 = {"sb3": Contestant("sb3", "dummy"), "reference": Contestant("torch", "dum
 _SMALL = {**_SB3, "fast": Contestant("compiled", "dummy")}
 _BREAKOUT = {**_SB3, "fast": Contestant("channels_last", "ale", precision="bf16")}
 _LSTM = {"reference": Contestant("torch", "dummy"), "fast": Contestant("lstm", "dummy")}
-_GSDE = {**_SB3, "fast": Contestant("numpy", "dummy")}
+_NUMPY = {**_SB3, "fast": Contestant("numpy", "dummy")}
 
 PROTOCOL: dict[str, Entry] = {
     "CartPole-v1": Entry(
@@ -96,7 +96,7 @@ PROTOCOL: dict[str, Entry] = {
     ),
     "Acrobot-v1": Entry("Acrobot-v1", 1_000_000, 5, 5.0, Score(-73.506, 18.201), _SMALL),
     # the only one without a score at which it is solved: 5% of the 1000 between a random agent and a trained one
-    "Pendulum-v1": Entry("Pendulum-v1", 100_000, 5, 50.0, Score(-172.225, 104.159), _GSDE),
+    "Pendulum-v1": Entry("Pendulum-v1", 100_000, 5, 50.0, Score(-172.225, 104.159), _NUMPY),
     "Pendulum-v1-no-gSDE": Entry(
         "Pendulum-v1",
         100_000,
@@ -107,14 +107,14 @@ PROTOCOL: dict[str, Entry] = {
         overrides={"use_sde": False, "sde_sample_freq": -1},
         note="The zoo's hyperparameters but for gSDE, so that the engine `compiled` serves a continuous task, too.",
     ),
-    "MountainCarContinuous-v0": Entry("MountainCarContinuous-v0", 20_000, 5, 4.5, Score(88.343, 2.572), _GSDE),
+    "MountainCarContinuous-v0": Entry("MountainCarContinuous-v0", 20_000, 5, 4.5, Score(88.343, 2.572), _NUMPY),
     "LunarLander-v3": Entry(
         "LunarLander-v3",
         1_000_000,
         5,
         10.0,
         Score(242.119, 31.823),
-        _SMALL,
+        _NUMPY,
         note="The zoo's score is of LunarLander-v2.",
     ),
     "Reacher-v5": Entry(
