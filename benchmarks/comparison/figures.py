@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.comparison.inference import Estimate, difference, mean
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
-from benchmarks.comparison.records import CLOCKS, Records, Run, clock, final_returns, paired
+from benchmarks.comparison.records import CLOCKS, Records, Run, clock, commits, final_returns, paired
 from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, VERMILION, save_figure, subplots
 
 __all__ = ["Curve", "learning_curve", "measured_differences", "plot_curves", "plot_differences", "titles_with_engines"]
@@ -89,7 +89,8 @@ def _plot_entry(axis: Axes, name: str, sides: dict[str, dict[int, Run]], against
         axis.fill_between(x, curve.low, curve.high, color=_STYLES[side]["color"], alpha=0.15, linewidth=0)
     if entry.zoo is not None:
         axis.axhline(entry.zoo.mean, color="#777777", linestyle=":", linewidth=1.5, zorder=0)
-    axis.set_xlabel("environment steps (thousands)" if thousands else f"{CLOCKS[field]} of training (s)")
+    days = ", on different days" if len(commits(sides)) > 1 else ""
+    axis.set_xlabel("environment steps (thousands)" if thousands else f"{CLOCKS[field]} of training (s){days}")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
 

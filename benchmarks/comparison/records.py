@@ -18,6 +18,7 @@ __all__ = [
     "Records",
     "Run",
     "clock",
+    "commits",
     "final_returns",
     "load_records",
     "model_path",
@@ -154,6 +155,11 @@ def training_returns(runs: dict[int, Run]) -> np.ndarray:
     return np.array([np.mean(returns) if returns else np.nan for returns in last])
 
 
+def commits(sides: dict[str, dict[int, Run]]) -> set[str]:
+    """That an entry's runs are of."""
+    return {run["commit"] for by_seed in sides.values() for run in by_seed.values()}
+
+
 def clock(sides: dict[str, dict[int, Run]]) -> str:
     """
     The field of an entry's evaluations by which its runs' times may be compared: ``"seconds"``, by the wall clock.
@@ -164,10 +170,9 @@ def clock(sides: dict[str, dict[int, Run]]) -> str:
 
     :param sides: the entry's runs
     """
-    runs = [run for by_seed in sides.values() for run in by_seed.values()]
-    ends = [run["evaluations"][-1] for run in runs]
+    ends = [run["evaluations"][-1] for runs in sides.values() for run in runs.values()]
     disturbed = any(end["seconds"] > 1.05 * end["cpu_seconds"] for end in ends)
-    return "cpu_seconds" if disturbed or len({run["commit"] for run in runs}) > 1 else "seconds"
+    return "cpu_seconds" if disturbed or len(commits(sides)) > 1 else "seconds"
 
 
 def training_seconds(runs: dict[int, Run], field: str) -> np.ndarray:

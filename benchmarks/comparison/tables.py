@@ -21,6 +21,7 @@ from benchmarks.comparison.records import (
     Records,
     Run,
     clock,
+    commits,
     final_returns,
     paired,
     same_weights,
@@ -123,8 +124,8 @@ def details(name: str, sides: Sides) -> str:
 
 def _mixed(records: Records) -> str:
     """A warning where runs are not of one commit; the report names the commits at its end."""
-    commits = {run["commit"] for sides in records.values() for by_seed in sides.values() for run in by_seed.values()}
-    return f"**These runs are of {len(commits)} commits**, whose code may differ." if len(commits) > 1 else ""
+    found = set().union(*map(commits, records.values()))
+    return f"**These runs are of {len(found)} commits**, whose code may differ." if len(found) > 1 else ""
 
 
 def _details_row(name: str, side: str, sides: Sides) -> list[str]:
