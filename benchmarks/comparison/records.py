@@ -156,8 +156,8 @@ def training_returns(runs: dict[int, Run]) -> np.ndarray:
 
 
 def commits(sides: dict[str, dict[int, Run]]) -> set[str]:
-    """That an entry's runs are of."""
-    return {run["commit"] for by_seed in sides.values() for run in by_seed.values()}
+    """That an entry's runs are of; none where one record holds them all and names its own."""
+    return {run["commit"] for by_seed in sides.values() for run in by_seed.values() if "commit" in run}
 
 
 def clock(sides: dict[str, dict[int, Run]]) -> str:
