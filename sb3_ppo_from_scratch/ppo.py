@@ -255,8 +255,9 @@ class ScratchPPO(RolloutAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv | VectorEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
-        As SB3 does; names are welcome in :meth:`load` and :meth:`set_env` too; a vector environment becomes a :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, its
-        ``DummyVecEnv`` and ``VecNormalize`` take leaner steps, and processes are watched from now on.
+        As SB3 does; names are welcome in :meth:`load` and :meth:`set_env` too; a vector environment becomes a
+        :class:`NativeVecEnv`, SB3's wrappers learn of its reset rows, its ``DummyVecEnv`` and ``VecNormalize`` take leaner
+        steps, and processes are watched from now on.
         """
         if isinstance(env, VectorEnv):
             if verbose >= 1:
