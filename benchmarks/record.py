@@ -31,8 +31,8 @@ def provenance(module: str, commit: str | None = None) -> dict[str, Any]:
 
     :param module: the benchmark's name, as in ``python -m module``
     :param commit: of a tree without ``.git``, of which git knows nothing
-    :return: commit (``-dirty`` if tracked files differ from it, ``None`` if nobody knows), command, machine, and versions, of
-        which those of packages that are not installed are ``None``
+    :return: commit (``-dirty`` if tracked files other than results differ from it, ``None`` if nobody knows), command,
+        machine, and versions, of which those of packages that are not installed are ``None``
     """
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -89,11 +89,13 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     if not (ROOT / ".git").exists():  # the tree may lie in a repository of somebody else's
         return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(ROOT)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def _cpu_model() -> str:

@@ -25,7 +25,19 @@ from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from benchmarks import cartpole, components, contrib, floor, rounding, soak, throughput, timed_run, vector_envs, zoo_engines
+from benchmarks import (
+    cartpole,
+    components,
+    contrib,
+    floor,
+    record,
+    rounding,
+    soak,
+    throughput,
+    timed_run,
+    vector_envs,
+    zoo_engines,
+)
 from benchmarks.cases import CASES, Contestant, build, contestants, missing, scaled
 from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.tasks import Task, load_task
@@ -378,6 +390,27 @@ def test_updates_beside_the_references(
     once = rounding.change(model, "torch")
     assert th.equal(rounding.change(model, "torch"), once)
     assert not th.equal(rounding.change(model, "torch", 1e-3), once)
+
+
+def test_a_commit_is_dirty_where_files_but_results_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "record.json"
+    result.parent.mkdir(parents=True)
+    for path in (code, result):
+        path.write_text("old")
+    assert record.provenance("x", "told")["commit"] == "told"
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    result.write_text("new")
+    (tmp_path / "untracked").write_text("")
+    assert record.provenance("x")["commit"] == git("rev-parse", "HEAD")
+    code.write_text("new")
+    assert record.provenance("x")["commit"] == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_scaled_to_whole_rollouts() -> None:
