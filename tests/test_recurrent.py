@@ -383,7 +383,7 @@ class OwnBuffer(RolloutBuffer):
             {"policy_kwargs": {"shared_lstm": True, "enable_critic_lstm": False, "share_features_extractor": False}},
             "LSTM cannot be shared",
         ),
-        ({"engine": "numpy"}, "numpy: it computes .*, and the policy is of type RecurrentActorCriticPolicy"),
+        ({"engine": "numpy"}, "numpy: it computes .*, and this one is of type RecurrentActorCriticPolicy"),
         ({"engine": "channels_last"}, "the policy must be CnnPolicy or .*, not RecurrentActorCriticPolicy"),
         ({"engine": "cudagraph"}, "cannot serve this model"),
         (
