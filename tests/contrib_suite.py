@@ -41,7 +41,7 @@ REPLACED: dict[str, tuple[type[BaseAlgorithm], type[BaseAlgorithm]]] = {
 """By name, contrib's class and what stands for it."""
 DESELECTED: dict[str, str] = {
     "tests/test_invalid_actions.py::test_maskable_policy_required": "expects a refusal; one class takes every policy",
-    "tests/test_lstm.py::test_ppo_lstm_performance": "one seed against a threshold, which rounding decides; engine='torch' passes",
+    "tests/test_lstm.py::test_ppo_lstm_performance": "one seed and a threshold: rounding decides; engine='torch' passes",
     "tests/test_invalid_actions.py::test_discrete_action_space_required": "expects SB3's words for it; here they are others",
 }
 """Tests that ScratchPPO cannot pass, by the start of their id, and why."""
