@@ -325,6 +325,9 @@ def main() -> None:
     print(f"\n{table(record)}\n")
     for path in write_results(record, options):
         print(f"wrote {path}")
+    if options.save_result is not None:
+        saved = json.loads((RESULTS / f"{options.save_result}.json").read_text(encoding="utf-8"))
+        print(f"\nfor docs/results.md:\n{summary(saved)}")
 
 
 if __name__ == "__main__":

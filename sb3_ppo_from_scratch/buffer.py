@@ -301,10 +301,12 @@ class ScratchRolloutBuffer(RolloutBuffer):
 
         :return: ``[n_rows, *obs_shape]``, or a dict of such, and ``[n_rows, action_dim]``
         """
-        seen: Any = self.observations
-        if isinstance(seen, dict):
-            return {key: _by_environment(each[steps]) for key, each in seen.items()}, _by_environment(self.actions[steps])
-        return _by_environment(seen[steps]), _by_environment(self.actions[steps])
+        stored = self.observations
+        if isinstance(stored, dict):
+            seen: Any = {key: _by_environment(each[steps]) for key, each in stored.items()}
+        else:
+            seen = _by_environment(stored[steps])
+        return seen, _by_environment(self.actions[steps])
 
     def extra(self, name: str, steps: slice) -> np.ndarray | None:
         """One of the extras in ``steps``, ``[n_rows, ...]`` in the order of :meth:`acted`; ``None`` if there is none."""

@@ -385,8 +385,11 @@ class _Noise(NamedTuple):
     """``[d, B]``"""
     variance: np.ndarray
     """``[d, B]``"""
+    log_variance: np.ndarray
     squares: np.ndarray
     """of the latent, ``[B, latent_dim]``"""
+    std: np.ndarray
+    """of the matrix's entries, in the shape of s"""
 
 
 class StateDependentNoiseHead(_GaussianHead):
@@ -417,9 +420,9 @@ class StateDependentNoiseHead(_GaussianHead):
 
     def forward(self, outputs: np.ndarray, latent: np.ndarray) -> _Noise:
         """The means and the variances."""
-        squares = np.square(latent, dtype=self.log_std.dtype)
-        variance = (squares @ self._std() ** 2).T + self.distribution.epsilon
-        return _Noise(outputs, np.broadcast_to(variance, outputs.shape), squares)
+        squares, std = np.square(latent, dtype=self.log_std.dtype), self._std()
+        variance = np.broadcast_to((squares @ std**2).T + self.distribution.epsilon, outputs.shape)
+        return _Noise(outputs, variance, np.log(variance), squares, std)
 
     def _std(self) -> np.ndarray:
         if not self.distribution.use_expln:
@@ -444,19 +447,19 @@ class StateDependentNoiseHead(_GaussianHead):
 
     @override
     def log_prob(self, dist: _Noise, actions: np.ndarray) -> np.ndarray:
-        terms = (actions - dist.mean) ** 2 / dist.variance + np.log(dist.variance)
+        terms = (actions - dist.mean) ** 2 / dist.variance + dist.log_variance
         return -0.5 * (np.add.reduce(terms, axis=0) + len(terms) * math.log(2 * math.pi))
 
     @override
     def entropy(self, dist: _Noise) -> np.ndarray:
-        return 0.5 * (np.add.reduce(np.log(dist.variance), axis=0) + len(dist.variance) * (1 + math.log(2 * math.pi)))
+        return 0.5 * (np.add.reduce(dist.log_variance, axis=0) + len(dist.variance) * (1 + math.log(2 * math.pi)))
 
     @override
     def gradient(self, dist: _Noise, actions: np.ndarray, grad_log_prob: np.ndarray, grad_entropy: float) -> np.ndarray:
         deviation = (actions - dist.mean) / dist.variance
         by_mean = deviation * grad_log_prob
         by_variance = by_mean * deviation + (grad_entropy - grad_log_prob) / dist.variance
-        std = self._std()
+        std = dist.std
         by_std = dist.squares.T @ by_variance.T * std  # the halves above and the square's factor of 2 are one
         by_std *= np.where(self.log_std > 0, 1 / (1 + self._positive()), std) if self.distribution.use_expln else std
         self.grad_log_std[:] = by_std if by_std.shape == self.log_std.shape else by_std.sum(1, keepdims=True)
@@ -464,4 +467,4 @@ class StateDependentNoiseHead(_GaussianHead):
 
     def parameters(self, dist: _Noise) -> np.ndarray:
         """The means, then the log standard deviations."""
-        return np.concatenate([dist.mean, 0.5 * np.log(dist.variance)]).T
+        return np.concatenate([dist.mean, 0.5 * dist.log_variance]).T
