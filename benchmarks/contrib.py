@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line
-from benchmarks.record import provenance, save_result, write_json
+from benchmarks.record import keep, provenance
 from benchmarks.tasks import load_task
 from sb3_ppo_from_scratch import ScratchPPO
 
@@ -112,10 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     record = provenance("benchmarks.contrib") | {
         "tasks": {env_id: measure(env_id, options.rounds, options.scale, options.seed) for env_id in TASKS}
     }
-    path = options.out / "contrib.json"
-    write_json(path, record)
-    print(table(record))
-    save_result(options.save_result, [path])
+    keep("contrib", record, table(record), options.out, options.save_result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch as th
 from benchmarks.cases import CASES, Case, Contestant, build, scaled
 from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line, number
-from benchmarks.record import ROOT, provenance, save_result, with_threads, write_json
+from benchmarks.record import ROOT, keep, provenance, with_threads
 from benchmarks.tasks import Task
 from sb3_ppo_from_scratch.distributed import n_processes
 
@@ -146,11 +146,7 @@ def main() -> None:
         return
     record: dict[str, Any] = {**provenance("benchmarks.processes"), "rounds": options.rounds, "scale": options.scale}
     record["cases"] = {name: run_case(name, options) for name in options.only or PROCESS_CASES}
-    written = options.out / "processes.json"
-    write_json(written, record)
-    print(f"\n{table(record)}\n\nwrote {written}")
-    for path in save_result(options.save_result, [written]):
-        print(f"wrote {path}")
+    keep("processes", record, table(record), options.out, options.save_result)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,23 @@ def save_result(name: str | None, sources: Iterable[Path]) -> list[Path]:
     return [Path(shutil.copyfile(source, RESULTS / f"{name}{source.suffix}")) for source in sources]
 
 
+def keep(name: str, record: dict[str, Any], table: str, out: Path, saved_as: str | None) -> None:
+    """
+    Write what a benchmark has measured, and print it.
+
+    :param name: of the file in ``out``, without its ending
+    :param record: all of it
+    :param table: what people read of it
+    :param out: folder
+    :param saved_as: see :func:`save_result`
+    """
+    path = out / f"{name}.json"
+    write_json(path, record)
+    print(f"\n{table}\n")
+    for written in (path, *save_result(saved_as, [path])):
+        print(f"wrote {written}")
+
+
 def with_threads(n_threads: int) -> dict[str, str]:
     """Environment variables for a child process whose torch and matrix libraries have so many threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

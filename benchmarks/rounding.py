@@ -27,7 +27,7 @@ from benchmarks.cases import build, scaled
 from benchmarks.comparison.protocol import PROTOCOL
 from benchmarks.markdown import markdown_table
 from benchmarks.options import command_line
-from benchmarks.record import provenance, save_result, write_json
+from benchmarks.record import keep, provenance
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.distributions import drop_graph
 from sb3_ppo_from_scratch.engines import choose_engine
@@ -122,10 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     th.set_num_threads(options.threads)
     tasks = {name: measure(name, options.seed, options.scale) for name in TASKS}
     record = provenance("benchmarks.rounding") | {"tasks": tasks}
-    path = options.out / "rounding.json"
-    write_json(path, record)
-    print(table(record))
-    save_result(options.save_result, [path])
+    keep("rounding", record, table(record), options.out, options.save_result)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
     mask_out,
 )
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
-from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Observations
+from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Observations, arrays_of
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.policies import takes_masks
@@ -143,7 +143,7 @@ class NumpyEngine(Engine):
     def act(self, obs: PyTorchObs, action_masks: np.ndarray | None = None, memory: Memory | None = None) -> PolicyStep:
         if not self.is_as_acted():
             self._actor = None
-        features = self.features(_arrays(obs))
+        features = self.features(arrays_of(obs))
         with np.errstate(all="ignore"), single_threaded(len(features) * self.network.largest_layer):
             actions = self._sampled(features, action_masks)
             outputs, values = self.network.forward(features)
@@ -203,7 +203,7 @@ class NumpyEngine(Engine):
     @override
     @np.errstate(all="ignore")  # numbers underflow in silence, as in torch
     def predict_values(self, obs: PyTorchObs, memory: Memory | None = None) -> th.Tensor:
-        return th.from_numpy(self.network.forward(self.features(_arrays(obs)))[1])[:, None]
+        return th.from_numpy(self.network.forward(self.features(arrays_of(obs)))[1])[:, None]
 
     def features(self, obs: Observations) -> np.ndarray:
         """
@@ -231,11 +231,6 @@ class NumpyEngine(Engine):
             finally:
                 self.network.forget()
                 drop_graph(self._distribution)  # gSDE's matrices have one
-
-
-def _arrays(obs: PyTorchObs) -> Observations:
-    """Of tensors on the CPU, in their memory."""
-    return {key: each.numpy() for key, each in obs.items()} if isinstance(obs, dict) else obs.numpy()
 
 
 def _flattened(obs: np.ndarray, space: spaces.Space, normalize_images: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ from sb3_ppo_from_scratch.buffer import RolloutData
 from sb3_ppo_from_scratch.losses import PPOLoss
 from sb3_ppo_from_scratch.update import UpdateConfig
 
-__all__ = ["Batch", "Features", "Observations", "OutputGradients", "normalized", "ppo_gradient"]
+__all__ = ["Batch", "Features", "Observations", "OutputGradients", "arrays_of", "normalized", "ppo_gradient"]
 
 
 Observations = np.ndarray | dict[str, np.ndarray]
@@ -21,6 +21,13 @@ Observations = np.ndarray | dict[str, np.ndarray]
 
 Features = Callable[[Observations], np.ndarray]
 """From observations to what the network takes, ``[B, n_features]``"""
+
+
+def arrays_of(observations: Any) -> Observations:
+    """Of tensors on the CPU, or of a dict of them, in their memory."""
+    if isinstance(observations, dict):
+        return {key: each.numpy() for key, each in observations.items()}
+    return observations.numpy()
 
 
 class Batch(NamedTuple):
@@ -44,11 +51,9 @@ class Batch(NamedTuple):
         """
         masks = data.extras.get("action_masks") if isinstance(data, RolloutData) else None
         arrays = [None if field is None else field.numpy() for field in data[1 : len(cls._fields) - 1]]  # type: ignore[union-attr]
-        observations: Any = data.observations
+        observations = arrays_of(data.observations)
         if isinstance(observations, dict):
-            observations = features({key: each.numpy() for key, each in observations.items()})
-        else:
-            observations = observations.numpy()
+            observations = features(observations)
         return cls(observations, *arrays, action_masks=None if masks is None else masks.numpy())  # type: ignore[arg-type, misc]
 
     @property
