@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.cases import missing
 from benchmarks.comparison.one_run import PROGRESS
 from benchmarks.comparison.protocol import PROTOCOL, SIDES
 from benchmarks.comparison.records import read_run, record_path
@@ -201,7 +202,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Do the runs that are not finished yet. Returns the exit status: 1 if a run failed, 130 after Ctrl-C."""
+    """Do the runs that are not finished and can be done here. Returns the exit status: 1 if a run failed, 130 after Ctrl-C."""
     options = parse_options()
     orders = plan(options)
     try:
@@ -212,6 +213,10 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{'to do   ' if order in to_do else 'finished'}  {order}" for order in orders))
         return 0
+    left_out = {order: reason for order in to_do if (reason := missing(PROTOCOL[order.entry].sides[order.side]))}
+    for reason in dict.fromkeys(left_out.values()):
+        print(f"left out, for want of {reason}: {', '.join(str(order) for order, why in left_out.items() if why == reason)}")
+    to_do = [order for order in to_do if order not in left_out]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     try:
         failed = run_all(to_do, options)
@@ -221,7 +226,8 @@ def main() -> int:
     if failed:
         print(f"{len(failed)} runs failed: {', '.join(map(str, failed))}; the same command tries them again")
         return 1
-    print(f"all finished; next: python -m benchmarks.report --results {options.out}")
+    done = "all but the runs left out are" if left_out else "all"
+    print(f"{done} finished; next: python -m benchmarks.report --results {options.out}")
     return 0
 
 

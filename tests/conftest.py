@@ -14,3 +14,9 @@ def _threads_as_before() -> Iterator[None]:
     before = th.get_num_threads()
     yield
     th.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Torch computes on one thread: sums in the same order, whatever the machine has."""
+    th.set_num_threads(1)

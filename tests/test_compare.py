@@ -575,6 +575,23 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     assert "[4/4]" in printed
 
 
+def test_runs_for_which_something_is_missing_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    monkeypatch.setattr(compare.Runner, "run", lambda self, order: done.append(order.side) or 1.0)
+    monkeypatch.setattr(compare, "missing", lambda each: "a compiler" if each.engine == "compiled" else None)
+    monkeypatch.setattr(
+        "sys.argv", ["compare", "--only", "CartPole-v1", "--seeds", "1", "--out", str(tmp_path), "--no-progress"]
+    )
+    assert compare.main() == 0
+    printed = capsys.readouterr().out
+    assert sorted(done) == ["reference", "sb3"]
+    assert "left out, for want of a compiler: CartPole-v1 fast seed 0, CartPole-v1 native seed 0" in printed
+    assert "all but the runs left out are finished" in printed
+
+
 @pytest.mark.parametrize("module", ["report", "episode"])
 def test_says_what_makes_the_files_that_are_missing(module: str, tmp_path: Path) -> None:
     entry = ("--entry", "CartPole-v1") if module == "episode" else ()

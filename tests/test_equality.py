@@ -24,7 +24,7 @@ from sb3_ppo_from_scratch import ScratchPPO, ScratchRolloutBuffer
 from tests.helpers import ToyEnv, assert_equal_runs, assert_same_model, train
 
 gym.register_envs(ale_py)
-pytestmark = pytest.mark.filterwarnings("ignore:.*truncated mini-batch")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*truncated mini-batch")]
 
 ZOO_CARTPOLE: dict[str, Any] = {
     "n_steps": 32,
@@ -37,11 +37,6 @@ ZOO_CARTPOLE: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3}
 VECTOR = spaces.Box(-1.0, 1.0, (3,))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    th.set_num_threads(1)
 
 
 def envs(env_id: str, n_envs: int = 2, **kwargs: Any) -> Callable[[], VecEnv]:

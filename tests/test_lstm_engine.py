@@ -24,18 +24,13 @@ from sb3_ppo_from_scratch.recurrent import EPISODE_STARTS, LSTM_STATES, SEQUENCE
 from sb3_ppo_from_scratch.update import PolicyOutputs, minibatch_loss
 from tests.helpers import ToyEnv, train, update_config
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*truncated mini-batch")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*truncated mini-batch")]
 
 LSTM = {"lstm_hidden_size": 8}
 SHARED = {**LSTM, "shared_lstm": True, "enable_critic_lstm": False}
 ONLY_ACTOR = {**LSTM, "enable_critic_lstm": False, "n_lstm_layers": 2}
 BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    th.set_num_threads(1)
 
 
 def toy(observation_space: spaces.Space, action_space: spaces.Space) -> Callable[[], VecEnv]:

@@ -30,7 +30,7 @@ from sb3_ppo_from_scratch.recurrent import Sequences
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
 from tests.helpers import ToyEnv, assert_same_model, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*truncated mini-batch")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*truncated mini-batch")]
 
 LSTM = {"lstm_hidden_size": 8}
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 20, "n_epochs": 2, "policy_kwargs": LSTM}
@@ -41,11 +41,6 @@ ZOO_NETWORK = {
     "enable_critic_lstm": True,
     "net_arch": {"pi": [64], "vf": [64]},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    th.set_num_threads(1)
 
 
 def envs(env_id: str, n_envs: int = 2) -> Callable[[], VecEnv]:

@@ -88,6 +88,7 @@ _SB3 = {"sb3": Contestant("sb3", "dummy"), "reference": Contestant("torch", "dum
 _SMALL = {**_SB3, "fast": Contestant("compiled", "dummy")}
 _BREAKOUT = {**_SB3, "fast": Contestant("channels_last", "ale", precision="bf16")}
 _LSTM = {"reference": Contestant("torch", "dummy"), "fast": Contestant("lstm", "dummy")}
+# `compiled` serves no gSDE (Pendulum, MountainCarContinuous); LunarLander's records are of before it
 _NUMPY = {**_SB3, "fast": Contestant("numpy", "dummy")}
 
 PROTOCOL: dict[str, Entry] = {
