@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, rates_later
 from sb3_ppo_from_scratch.checkpoint import all_callbacks
@@ -25,9 +26,11 @@ from sb3_ppo_from_scratch.distributed import DataParallelAlgorithm
 from sb3_ppo_from_scratch.engines import Engine
 from sb3_ppo_from_scratch.policies import mask_argument
 from sb3_ppo_from_scratch.recurrent import LSTM_STATES, Memory, is_recurrent, remembered
-from sb3_ppo_from_scratch.vec_env import NativeVecEnv, with_reset_rows
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, TwoHalves, with_reset_rows
+from sb3_ppo_from_scratch.vec_env.halves import halves_of
 from sb3_ppo_from_scratch.vec_env.masks import MaskSource
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
+from sb3_ppo_from_scratch.vec_env.stepping import Answer, AtOnce, InTurn
 
 __all__ = [
     "FinalObservations",
@@ -48,6 +51,8 @@ _HARMLESS = ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_from_scratc
 class RolloutAlgorithm(DataParallelAlgorithm):
     """What ``ScratchPPO`` does in phase one."""
 
+    _told_of_halves = False
+    """Whether the user knows why the halves of the environments are not stepped in turn"""
     nan_observations: bool | Collection[str] | None
     _nan_understood: set[str]
     """Keys of observations whose NaN the network has made finite numbers of"""
@@ -111,6 +116,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         finals = FinalObservations()
         check(self._last_obs, None, 0)
         memory = self._remembered()
+        turns = self._turns(env, is_users, keeps_seen=takes_tensors)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -118,17 +124,12 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
             with_masks = mask_argument(action_masks)
             later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
-            if later and not is_users:  # nobody looks
-                obs_tensor = values = log_probs = dist_params = after = None
-                actions = self._ask(partial(engine.sample_actions, **with_masks), self._last_obs, self._last_obs)
-            else:
-                obs_tensor = observe(self._last_obs)
-                act = partial(engine.act, **with_masks)
-                answer = self._ask(act, self._last_obs, obs_tensor, memory)
-                actions, values, log_probs, dist_params, after = answer
+            briefly = later and not is_users  # nobody looks
+            question = partial(self._answer, engine, observe, briefly, with_masks=with_masks, memory=memory)
+            obs_tensor, (actions, values, log_probs, dist_params, after) = turns.answer(self._last_obs, question)
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs, rewards, dones, infos = turns.step(clipped_actions, is_last=n_steps + 1 == n_rollout_steps)
             new_obs = self._guard(new_obs)
             reset_rows = None if native is None else native.reset_rows
             check(new_obs, rewards, n_steps)
@@ -138,6 +139,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
                 callback.update_locals(locals())
                 if not goes_on(callback):
                     self._complete(engine, rollout_buffer, finals)
+                    self._catch_up(turns.end())
                     return False
             if is_users and not self._counts_still(engine):  # what a callback does to the policy counts from the next step on
                 self._complete(engine, rollout_buffer, finals)
@@ -164,7 +166,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             else:
                 remembered_before = {} if memory is None else {LSTM_STATES: memory.array()}
                 extras = {**self.row_extras(infos), **with_masks, **remembered_before}
-                ours.add(*step, dist_params, valid, extras)  # type: ignore[arg-type]  # likewise
+                ours.add(*step, dist_params, valid, extras)
                 ours.unrated[n_steps - 1] = later
             self._last_obs = new_obs
             self._last_action_masks = None if masks is None else masks.after_step(dones, infos)
@@ -187,6 +189,47 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         :return: by name ``[n_envs, ...]``, the same names in every step; nothing by default
         """
         return {}
+
+    def _turns(self, env: VecEnv, is_users: bool, keeps_seen: bool) -> AtOnce:
+        """How a rollout steps its environments: in two halves where there are such and nothing forbids it."""
+        if not halves_of(env):
+            return AtOnce(env)
+        obstacles = {
+            f"a {type(env).__name__} is around them: wrap each half instead": not isinstance(env, TwoHalves),
+            "a callback of your own may change the policy at each step": is_users,
+            "gSDE draws its noise for all environments": self.use_sde,
+            "the policy takes masks": self._mask_source is not None,
+            "the policy has a memory": is_recurrent(self.policy),
+        }
+        obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
+        if obstacle is None and isinstance(env, TwoHalves):
+            return InTurn(env, lambda actions: to_env_actions(actions, self.action_space, self.policy), keeps_seen)
+        if self.verbose >= 1 and not self._told_of_halves:
+            self._told_of_halves = True
+            print(f"Stepping both halves of the environments at once: {obstacle}")
+        return AtOnce(env)
+
+    def _answer(
+        self,
+        engine: Engine,
+        observe: Callable[[Any], Any],
+        briefly: bool,
+        obs: Any,
+        with_masks: dict[str, Any],
+        memory: Memory | None,
+    ) -> tuple[Any, Answer]:
+        """What the policy sees of observations, and what it says; ``briefly`` for its actions only."""
+        if briefly:
+            return None, (self._ask(partial(engine.sample_actions, **with_masks), obs, obs), None, None, None, None)
+        obs_tensor = observe(obs)
+        return obs_tensor, self._ask(partial(engine.act, **with_masks), obs, obs_tensor, memory)
+
+    def _catch_up(self, step: VecEnvStepReturn | None) -> None:
+        """After an early end: the environments may be a step ahead of the rollout."""
+        if step is not None:
+            self._last_obs, _, dones, infos = step  # type: ignore[assignment]  # no tuple
+            self._last_episode_starts = dones.copy()
+            self._update_info_buffer(infos, dones)
 
     def _remembered(self) -> Memory | None:
         """What a recurrent policy remembers before the next step; ``None`` for others."""
@@ -280,7 +323,7 @@ def holds_users_code(callback: BaseCallback) -> bool:
     )
 
 
-def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | None:
+def _masked_env(env: VecEnv, rollout_buffer: RolloutBuffer) -> NativeVecEnv | TwoHalves | None:
     """The environment that says which rows are no transitions, if there can be such."""
     native = with_reset_rows(env)
     if native is not None and not isinstance(rollout_buffer, ScratchRolloutBuffer):

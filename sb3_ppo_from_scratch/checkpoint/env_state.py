@@ -61,6 +61,7 @@ _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _INFOS = frozenset(
     {"buf_infos", "reset_infos", "kept_infos"}
 )  # of the last step; they may hold anything, and nothing follows from them
+_NOTHING = object()
 _ANCHOR = (__name__, "_anchor")
 _IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\.(_\w+|Lean\w+|WatchedSubprocVecEnv)$")
 
@@ -164,7 +165,7 @@ def _has_state(level: Any, name: str, value: Any) -> bool:
         or isinstance(value, _NO_STATE)
         or bool(inner_worlds(value))
         or (isinstance(level, SubprocVecEnv) and name in _PIPES)
-        or (isinstance(level, VecEnv) and name in _INFOS)
+        or (isinstance(level, VecEnv) and (name in _INFOS or value is getattr(level, "halves", _NOTHING)))
         or type(value).__module__.partition(".")[0] == "pygame"
     )
 

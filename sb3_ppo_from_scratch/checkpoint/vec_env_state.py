@@ -24,6 +24,7 @@ from sb3_ppo_from_scratch.checkpoint.replay import (
     set_generators,
     trace,
 )
+from sb3_ppo_from_scratch.vec_env.halves import halves_of
 
 __all__ = ["Trial", "capture_vec_env", "difference_after", "keep_files", "put_files_back", "restore_vec_env"]
 
@@ -159,7 +160,7 @@ def _tried_out(env: VecEnv, put_back: Callable[[], Any] | None, trial: Trial | N
 def _names(env: VecEnv, index: int | None = None) -> str:
     """What environments are, for messages."""
     levels = _vec_levels(env)
-    worlds = [] if isinstance(levels[-1], SubprocVecEnv) else _worlds(levels[-1])
+    worlds = [] if _workers(levels) else _worlds(levels)
     wrappers = [type(level).__name__ for level in levels[:-1]]
     if not worlds:
         return ", ".join(wrappers)
@@ -244,15 +245,28 @@ def _try_wrappers(levels: list[VecEnv], states: list[bytes | None], trial: Trial
 
 
 def _vec_levels(env: VecEnv) -> list[VecEnv]:
-    """A ``VecEnv``'s wrappers, outermost first, and the one that they wrap."""
-    levels = [env]
-    while isinstance(inner := getattr(levels[-1], "venv", None), VecEnv):
-        levels.append(inner)
-    return levels
+    """A ``VecEnv``'s wrappers, outermost first, and the one that they wrap; where that is two halves, likewise theirs."""
+    inner = getattr(env, "venv", None)
+    if isinstance(inner, VecEnv):
+        return [env, *_vec_levels(inner)]
+    return [env, *(level for half in halves_of(env) for level in _vec_levels(half))]
 
 
-def _worlds(base: VecEnv) -> list[Any]:
-    return [world for value in vars(base).values() for world in inner_worlds(value)]
+def _worlds(levels: list[VecEnv]) -> list[Any]:
+    return [world for level in levels for value in vars(level).values() for world in inner_worlds(value)]
+
+
+def _workers(levels: list[VecEnv]) -> SubprocVecEnv | None:
+    """What steps all environments in other processes, if that is what there is."""
+    base = levels[-1]
+    return base if isinstance(base, SubprocVecEnv) and not any(map(halves_of, levels)) else None
+
+
+def _half_in_processes(levels: list[VecEnv]) -> str | None:
+    """Why the state cannot be captured, where only a half of the environments is in other processes."""
+    if _workers(levels) or not any(isinstance(level, SubprocVecEnv) for level in levels):
+        return None
+    return "TwoHalves: of halves that are a SubprocVecEnv, the environments' state is not saved"
 
 
 def capture_vec_env(env: VecEnv, trial: Trial | None = None) -> dict[str, Any]:
@@ -268,12 +282,14 @@ def capture_vec_env(env: VecEnv, trial: Trial | None = None) -> dict[str, Any]:
     wrappers = [_state_or_reason(level) for level in levels]
     problems = [reason for state, reason in wrappers if state is None]
     state: dict[str, Any] = {"wrappers": [each for each, _ in wrappers], "generators": [], "trace": None, "doubts": []}
-    if isinstance(levels[-1], SubprocVecEnv):
-        problems += _capture_workers(levels[-1], state, trial)
+    if (problem := _half_in_processes(levels)) is not None:
+        state["worlds"], problems = [], [*problems, problem]
+    elif workers := _workers(levels):
+        problems += _capture_workers(workers, state, trial)
         if trial is not None and trial.again and not problems:
             state["doubts"] += _try_wrappers(levels, state["wrappers"], trial)
     else:
-        worlds = [_state_or_reason(world) for world in _worlds(levels[-1])]
+        worlds = [_state_or_reason(world) for world in _worlds(levels)]
         state["worlds"] = [each for each, _ in worlds]
         problems += [reason for each, reason in worlds if each is None]
         if not problems:
@@ -310,8 +326,8 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False, fro
     :raises ValueError: if it is of another make, or for objects of classes that it does not hold without ``trust``
     """
     levels = _vec_levels(env)
-    base = levels[-1]
-    n_worlds = base.num_envs if isinstance(base, SubprocVecEnv) else len(_worlds(base))
+    workers = _workers(levels)
+    n_worlds = workers.num_envs if workers else len(_worlds(levels))
     if len(levels) != len(state["wrappers"]) or n_worlds != len(state["worlds"]):
         raise ValueError(
             f"env must have {len(state['wrappers'])} vectorized levels and {len(state['worlds'])} environments as the "
@@ -319,10 +335,10 @@ def restore_vec_env(env: VecEnv, state: dict[str, Any], trust: bool = False, fro
         )
     problems = state.get("problems")  # they have been said
     with contextlib.suppress(*([ValueError] if problems else [])):
-        if isinstance(base, SubprocVecEnv):
-            _restore_workers(base, state, trust)
+        if workers:
+            _restore_workers(workers, state, trust)
         else:
-            _restore_all(_worlds(base), state["worlds"], trust, from_here)
+            _restore_all(_worlds(levels), state["worlds"], trust, from_here)
     with contextlib.suppress(*([ValueError] if problems else [])):
         _restore_all(levels, state["wrappers"], trust, from_here)
 
@@ -372,15 +388,15 @@ def put_files_back(env: VecEnv, marks: dict[str, Any], copies: Path, own: Path |
 def _of_each(env: VecEnv, function: Callable[..., Any], arguments: Callable[[str], tuple[Any, ...]]) -> dict[str, Any]:
     """What a function says of each level and each world."""
     levels = _vec_levels(env)
-    base, here = levels[-1], {f"wrapper {index}": level for index, level in enumerate(levels)}
-    if not isinstance(base, SubprocVecEnv):
-        here |= {f"environment {index}": world for index, world in enumerate(_worlds(base))}
+    workers, here = _workers(levels), {f"wrapper {index}": level for index, level in enumerate(levels)}
+    if not workers:
+        here |= {f"environment {index}": world for index, world in enumerate(_worlds(levels))}
     said = {place: function(each, *arguments(place)) for place, each in here.items()}
-    if isinstance(base, SubprocVecEnv):
-        base.has_attr(_Installer())  # type: ignore[arg-type]  # see there
-        for index in range(base.num_envs):
+    if workers:
+        workers.has_attr(_Installer())  # type: ignore[arg-type]  # see there
+        for index in range(workers.num_envs):
             place = f"environment {index}"
-            said[place] = base.env_method(_method_of(function), *arguments(place), indices=index)[0]
+            said[place] = workers.env_method(_method_of(function), *arguments(place), indices=index)[0]
     return said
 
 
@@ -393,11 +409,10 @@ def difference_after(env: VecEnv, state: dict[str, Any]) -> str | None:
     """
     if state["trace"] is None:
         return None
-    base, trial = _vec_levels(env)[-1], Trial(1.0)
-    others = isinstance(base, SubprocVecEnv)
-    found = _side_by_side(base.env_method("scratch_ppo_trace", trial)) if others else _tried_out(env, None, trial)[0]
+    workers, trial = _workers(_vec_levels(env)), Trial(1.0)
+    found = _side_by_side(workers.env_method("scratch_ppo_trace", trial)) if workers else _tried_out(env, None, trial)[0]
     parted = None if found is None else difference(np.asarray(state["trace"]), found)
     if parted is None:
         return None
-    name = f"environment {parted[1]}" if others else _names(env, parted[1])
+    name = f"environment {parted[1]}" if workers else _names(env, parted[1])
     return f"{name} gives another observation, reward or end {parted[0]} steps after the checkpoint than the run's did"

@@ -79,6 +79,7 @@ class NativeAtariEnv(NativeVecEnv):
         :return: first observations, ``[n_envs, n_stack, height, width]``
         """
         if self._reseeded is not None and self._seeds[0] is not None:
+            self._settle()
             self.env.close()
             self.env = self._reseeded(self._next_seed())
             self._reset_seeds()
@@ -100,16 +101,25 @@ class NativeAtariEnv(NativeVecEnv):
         self._steps = np.ones(self.num_envs, dtype=np.int64)  # since a life began; the reset is the first of its opening
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
 
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        Begin the step, or the next one of the opening where a life begins.
+
+        :param actions: ``[n_envs]``
+        """
+        n_opening = len(self._opening)
+        opening = self._opening[np.minimum(self._steps, n_opening - 1)]
+        super().step_async(np.where(self._steps < n_opening, opening, actions))
+
     def step_wait(self) -> VecEnvStepReturn:
         """
-        Take the step, or the next one of the opening where a life begins.
+        Take the step.
 
         :return: as in :class:`NativeVecEnv`
         """
         n_opening = len(self._opening)
         self.reset_rows = self._steps < n_opening
-        actions = np.where(self.reset_rows, self._opening[np.minimum(self._steps, n_opening - 1)], self._actions)
-        obs, rewards, terminated, truncated, info = self.env.step(actions)
+        obs, rewards, terminated, truncated, info = self._end_step()
         obs = self._obs_guard(obs)
         self._steps += 1
         self._blank_older_frames(obs)

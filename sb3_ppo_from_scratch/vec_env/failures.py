@@ -23,6 +23,7 @@ from gymnasium.vector.async_vector_env import _async_worker
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
+from sb3_ppo_from_scratch.vec_env.halves import TwoHalves, halves_of
 from sb3_ppo_from_scratch.vec_env.memory import keep_finals_of_class
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 
@@ -104,19 +105,23 @@ def _is_exit(error: BaseException, frames: list[FrameType]) -> bool:
 def explain_failure(env: VecEnv, error: BaseException) -> EnvFailedError:
     """The error to raise for one that came from ``env``: it says which environment failed, and what its process last said."""
     frames = list(_frames_of(error.__traceback__))
+    half, first = _failed_half(frames)
+    env = half or env
     inner = _inner(env)
     if isinstance(inner, _IN_PROCESSES) and inner.closed:
         return EnvFailedError(f"the {type(inner).__name__} is closed: make it anew, and give it to set_env(env)")
     if isinstance(inner, _IN_PROCESSES) and isinstance(error, _LOST):
-        return _explain_end(inner)
+        return _explain_end(inner, first)
     calls = [frame.f_code.co_name.partition("_")[0] for frame in frames if _runs_environments(frame, error)]
     call = calls[-1] if calls and calls[-1] in _CALLS else "step"
     index, said = _failed_index(frames)
     which = f"the {type(env).__name__}"
     if index is not None:
-        which = f"environment {index}{_described(inner, index)}"
+        which = f"environment {first + index}{_described(inner, index)}"
     reason = f", after it raised\n{said.rstrip()}" if said else ""
-    return EnvFailedError(f"{which} failed in {call} with {type(error).__name__}: {error}{reason}", index)
+    return EnvFailedError(
+        f"{which} failed in {call} with {type(error).__name__}: {error}{reason}", None if index is None else first + index
+    )
 
 
 def _failed_index(frames: list[FrameType]) -> tuple[int | None, str]:
@@ -129,6 +134,15 @@ def _failed_index(frames: list[FrameType]) -> tuple[int | None, str]:
         if index is not None and isinstance(local.get("self"), (DummyVecEnv, SyncVectorEnv)):
             return index, ""
     return None, ""
+
+
+def _failed_half(frames: list[FrameType]) -> tuple[VecEnv | None, int]:
+    """The half of a :class:`TwoHalves` that failed, if it was one, and which of all environments is its first."""
+    for frame in frames:
+        whole, index = frame.f_locals.get("self"), frame.f_locals.get("index")
+        if isinstance(whole, TwoHalves) and isinstance(index, int) and frame.f_code.co_name in ("send", "receive"):
+            return whole.halves[index], whole.rows[index].start
+    return None, 0
 
 
 def _inner(env: VecEnv) -> Any:
@@ -146,8 +160,8 @@ def _name_of(env: gym.Env) -> str:
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
-def _explain_end(env: SubprocVecEnv | AsyncVectorEnv) -> EnvFailedError:
-    """The error for a worker that has ended."""
+def _explain_end(env: SubprocVecEnv | AsyncVectorEnv, first: int = 0) -> EnvFailedError:
+    """The error for a worker that has ended; ``first`` is the number of the first one's environment."""
     ended = wait([process.sentinel for process in env.processes], timeout=1)
     index = next((i for i, process in enumerate(env.processes) if process.sentinel in ended), None)
     if index is None:
@@ -158,7 +172,8 @@ def _explain_end(env: SubprocVecEnv | AsyncVectorEnv) -> EnvFailedError:
     how = f"by signal {-code}" if code < 0 else f"with status {code}"
     said = _workers[env].last_words(index) if env in _workers else ""
     reason = f", after it raised\n{said}" if said else ""
-    return EnvFailedError(f"environment {index}{_described(env, index)} failed: its process ended {how}{reason}", index)
+    number = first + index
+    return EnvFailedError(f"environment {number}{_described(env, index)} failed: its process ended {how}{reason}", number)
 
 
 # ------------------------------------------------------- in a worker
@@ -282,6 +297,8 @@ def watch_workers(env: VecEnv) -> None:
 
     :raises EnvFailedError: if one has ended already
     """
+    for half in halves_of(env):
+        watch_workers(half)
     inner = _inner(env)
     if isinstance(inner, _IN_PROCESSES) and inner not in _workers and not inner.closed:
         _watch(inner, _Workers())
@@ -312,6 +329,8 @@ def _answer(remote: Any, process: Any) -> str:
 
 def end_workers(env: VecEnv) -> None:
     """End the processes of an environment that can no longer be spoken to; ``env.close()`` then has nothing to do."""
+    for half in halves_of(env):
+        end_workers(half)
     inner = _inner(env)
     if isinstance(inner, _IN_PROCESSES) and not inner.closed:
         _end_all(inner)

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_ppo_from_scratch.vec_env.halves import halves_of
 from sb3_ppo_from_scratch.vec_env.memory import own_copy
 
 __all__ = ["LeanDummyVecEnv", "LeanVecNormalize", "make_lean"]
@@ -30,6 +31,8 @@ def make_lean(env: VecEnv) -> VecEnv:
     :param env: any ``VecEnv``; it and its wrappers stay the same objects, and are saved as what they were
     :return: ``env``
     """
+    for half in halves_of(env):
+        make_lean(half)
     level: VecEnv | None = env
     while level is not None:
         lean = _LEAN.get(type(level))

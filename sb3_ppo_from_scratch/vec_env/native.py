@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, keep_finals_of
 __all__ = ["NativeVecEnv"]
 
 Infos = list[dict[str, Any]]
+
+_PLAY_AHEAD = ("ale_py", "envpool", "gymnasium")
+"""Whose vector environments are stepped by two methods: ALE's, EnvPool's, and Gymnasium's ``AsyncVectorEnv``."""
 
 
 class NativeVecEnv(VecEnv):
@@ -68,6 +72,7 @@ class NativeVecEnv(VecEnv):
         self._results_writer = self._open(filename)
         self._obs_guard = ObservationGuard()
         self._actions = np.empty(0)
+        self._is_playing = False
         self._begin_episodes()
 
     def _open(self, filename: str | None) -> ResultsWriter | None:
@@ -96,6 +101,7 @@ class NativeVecEnv(VecEnv):
 
         :return: first observations, ``[n_envs, *obs_shape]`` or a dict of such
         """
+        self._settle()
         obs, info = self.env.reset(seed=self._next_seed(), options=self._next_options())  # type: ignore[arg-type]  # lists too
         self._reset_seeds()
         self._reset_options()
@@ -118,9 +124,30 @@ class NativeVecEnv(VecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """
+        Begin the step where the environments play in threads or processes of their own; others wait for :meth:`step_wait`.
+
         :param actions: ``[n_envs, *action_shape]``
         """
-        self._actions = np.asarray(actions, dtype=self.action_space.dtype)
+        self._begin_step(np.asarray(actions, dtype=self.action_space.dtype))
+
+    def _begin_step(self, actions: np.ndarray) -> None:
+        self._actions = actions
+        if (parts := _parts_of_step(self.env)) is not None:
+            getattr(self.env, parts[0])(actions)
+            self._is_playing = True
+
+    def _end_step(self) -> Any:
+        """What the environment's ``step`` returns."""
+        if not self._is_playing:
+            return self.env.step(self._actions)
+        self._is_playing = False
+        _, end = _parts_of_step(self.env) or ("", "")
+        return getattr(self.env, end)()
+
+    def _settle(self) -> None:
+        """Wait for a step that nobody has waited for."""
+        if self._is_playing:
+            self._end_step()
 
     def step_wait(self) -> VecEnvStepReturn:
         """
@@ -129,7 +156,7 @@ class NativeVecEnv(VecEnv):
         :return: observations ``[n_envs, *obs_shape]`` or a dict of such, rewards ``[n_envs]`` float32, dones ``[n_envs]``,
             and one info per environment
         """
-        obs, rewards, terminated, truncated, info = self.env.step(self._actions)
+        obs, rewards, terminated, truncated, info = self._end_step()
         dones = np.logical_or(terminated, truncated)
         ended = dones.nonzero()[0].tolist()
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
@@ -203,6 +230,7 @@ class NativeVecEnv(VecEnv):
 
     def close(self) -> None:
         """Close the environment and the file."""
+        self._settle()
         if self._results_writer is not None:
             self._results_writer.close()
         self.env.close()
@@ -302,6 +330,25 @@ def _check_batch_size(env: VectorEnv) -> None:
     batch_size = config.get("batch_size") if isinstance(config, dict) else getattr(env.unwrapped, "batch_size", None)
     if batch_size and batch_size != env.num_envs:
         raise ValueError(f"env must step all of its {env.num_envs} environments at once, not batch_size={batch_size} of them")
+
+
+def _parts_of_step(env: VectorEnv) -> tuple[str, str] | None:
+    """
+    The names of the two methods that ``env.step`` calls, one to begin a step and one to wait for it, where there are such.
+
+    Whoever wraps ``step``, inherits from its class or replaces it in an object has it called as it is.
+    """
+    return None if "step" in vars(env) else _parts_of_class(type(env))  # type: ignore[arg-type]  # classes are hashable
+
+
+@cache
+def _parts_of_class(env_class: type[VectorEnv]) -> tuple[str, str] | None:
+    for begin, end in (("send", "recv"), ("step_async", "step_wait")):
+        owners = {next((base for base in env_class.__mro__ if name in vars(base)), None) for name in ("step", begin, end)}
+        owner = owners.pop()
+        if not owners and owner is not None and owner.__module__.partition(".")[0] in _PLAY_AHEAD:
+            return begin, end
+    return None
 
 
 def _per_environment(info: dict[str, Any], n_envs: int) -> Infos:

@@ -8,15 +8,16 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_ppo_from_scratch.vec_env.halves import TwoHalves, halves_of
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 
 __all__ = ["mask_reset_rows", "with_reset_rows"]
 
 
-def with_reset_rows(env: VecEnv) -> NativeVecEnv | None:
+def with_reset_rows(env: VecEnv) -> NativeVecEnv | TwoHalves | None:
     """The native environment inside ``env`` if its steps can be reset rows; ``None`` if every step is a transition."""
     native = env.unwrapped
-    return native if isinstance(native, NativeVecEnv) and native.has_reset_rows else None
+    return native if isinstance(native, NativeVecEnv | TwoHalves) and native.has_reset_rows else None
 
 
 def mask_reset_rows(env: VecEnv) -> VecEnv:
@@ -32,6 +33,8 @@ def mask_reset_rows(env: VecEnv) -> VecEnv:
     :param env: any ``VecEnv``; its wrappers stay the same objects, and are saved as what they were
     :return: ``env``
     """
+    for half in halves_of(env):
+        mask_reset_rows(half)
     wrapper: VecEnv = env
     while with_reset_rows(env) is not None and isinstance(wrapper, VecEnvWrapper):
         wrapper.__class__ = _MINDFUL.get(type(wrapper), type(wrapper))
@@ -68,7 +71,7 @@ class _MindfulVecNormalize(VecNormalize):
         self.returns[dones] = 0
         return self.normalize_obs(obs), self.normalize_reward(rewards), dones, infos
 
-    def _update(self, obs: Any, rewards: np.ndarray, native: NativeVecEnv) -> None:
+    def _update(self, obs: Any, rewards: np.ndarray, native: NativeVecEnv | TwoHalves) -> None:
         acted_on, transitions = ~native.resetting, ~native.reset_rows
         if self.norm_obs and acted_on.any():
             for key, statistics in self.obs_rms.items() if isinstance(self.obs_rms, dict) else [(None, self.obs_rms)]:
@@ -102,7 +105,7 @@ class _MindfulVecFrameStack(VecFrameStack):
         return super().step_wait()
 
 
-def _native(env: VecEnv) -> NativeVecEnv:
+def _native(env: VecEnv) -> NativeVecEnv | TwoHalves:
     native = with_reset_rows(env)
     assert native is not None, "mask_reset_rows changes wrappers only around environments with reset rows"
     return native

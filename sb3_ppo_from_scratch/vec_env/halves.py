@@ -1,0 +1,203 @@
+"""Two groups of environments that can be stepped in turn: while one plays, somebody thinks about the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
+
+__all__ = ["TwoHalves", "halves_of", "joined", "joined_step"]
+
+
+class TwoHalves(VecEnv):
+    """
+    Two equal groups of environments as one ``VecEnv``, in which either half can be stepped by itself.
+
+    To SB3 it is the ``VecEnv`` of all of them. ``ScratchPPO`` takes the halves in turn: as soon as one has made its step it
+    gets its next actions, and plays on while the policy answers the other. The data are those of the same policy; only the
+    order of random draws is another. It pays where environments play in threads or processes of their own (ALE's and EnvPool's
+    games, ``SubprocVecEnv``, ``AsyncVectorEnv``) and the policy's answer takes about as long as they do, on a GPU above all.
+
+    It is to be the outermost ``VecEnv``; wrappers go around each half::
+
+        TwoHalves(make_native_atari_env(game, n_envs=64), make_native_atari_env(game, n_envs=64))
+
+    :param first: environments ``0`` to ``n - 1``
+    :param second: as many more, with the same spaces. With one seed, all get those that one ``VecEnv`` would give them.
+    :raises TypeError: if a half is no ``VecEnv``
+    :raises ValueError: if the halves are the same object, of unequal sizes or spaces, or inside a ``VecNormalize``, whose
+        statistics would be half the environments'
+    """
+
+    def __init__(self, first: VecEnv, second: VecEnv):
+        self.halves = (first, second)
+        for name, half in zip(("first", "second"), self.halves, strict=True):
+            if not isinstance(half, VecEnv):
+                raise TypeError(f"{name} must be a VecEnv, not {type(half).__name__}")
+            if any(isinstance(level, VecNormalize) for level in _levels(half)):
+                raise ValueError(f"{name} must not be inside a VecNormalize, whose statistics would be of its half only")
+        if first is second:
+            raise ValueError("second must not be the same object as first")
+        for name in ("num_envs", "observation_space", "action_space"):
+            if getattr(first, name) != getattr(second, name):
+                raise ValueError(f"second must have first's {name}, {getattr(first, name)}, not {getattr(second, name)}")
+        self._is_playing = [False, False]
+        super().__init__(2 * first.num_envs, first.observation_space, first.action_space)
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """Which of all environments each half has."""
+        n = self.num_envs // 2
+        return slice(0, n), slice(n, 2 * n)
+
+    # ---------------------------------------------------------- reset and step
+
+    def reset(self) -> VecEnvObs:
+        """:return: first observations, ``[n_envs, *obs_shape]`` or a dict of such"""
+        self.settle()
+        obs = [half.reset() for half in self.halves]
+        self._gather_reset_infos()
+        return joined(obs)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """:param actions: ``[n_envs, *action_shape]``"""
+        self.settle()
+        for index, rows in enumerate(self.rows):
+            self.send(index, actions[rows])
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """:return: as any ``VecEnv``, of all environments"""
+        return joined_step([self.receive(index) for index in range(2)])
+
+    def send(self, index: int, actions: np.ndarray) -> None:
+        """
+        Let one half begin its step.
+
+        :param index: 0 or 1
+        :param actions: ``[n_envs / 2, *action_shape]``
+        """
+        self.halves[index].step_async(actions)
+        self._is_playing[index] = True
+
+    def receive(self, index: int) -> VecEnvStepReturn:
+        """Wait for one half's step: observations, rewards, dones and infos of ``n_envs / 2`` environments."""
+        self._is_playing[index] = False  # whatever comes of it
+        result = self.halves[index].step_wait()
+        self._gather_reset_infos()
+        return result
+
+    def settle(self) -> None:
+        """Wait for what is still being played, for nobody: a training was ended in the middle of a rollout."""
+        for index, is_playing in enumerate(self._is_playing):
+            if is_playing:
+                self.receive(index)
+
+    def _gather_reset_infos(self) -> None:
+        self.reset_infos = [info for half in self.halves for info in half.reset_infos]
+
+    # ---------------------------------------------------------- reset rows
+
+    @property
+    def has_reset_rows(self) -> bool:
+        """Whether a step can be a reset row, see :class:`NativeVecEnv`."""
+        return any(_has_reset_rows(half) for half in self.halves)
+
+    @property
+    def reset_rows(self) -> np.ndarray:
+        """``[n_envs]``, bool, see :class:`NativeVecEnv`."""
+        return self._flags("reset_rows")
+
+    @property
+    def resetting(self) -> np.ndarray:
+        """``[n_envs]``, bool, see :class:`NativeVecEnv`."""
+        return self._flags("resetting")
+
+    def _flags(self, name: str) -> np.ndarray:
+        none = np.zeros(self.num_envs // 2, dtype=bool)
+        return np.concatenate([getattr(half.unwrapped, name) if _has_reset_rows(half) else none for half in self.halves])
+
+    # ---------------------------------------------------------- what both halves have
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """
+        :param seed: of the first environment; each later one has one more. ``None`` for a random one.
+        :return: one seed per environment
+        """
+        first = int(np.random.randint(0, np.iinfo(np.uint32).max, dtype=np.uint32)) if seed is None else seed
+        return [*self.halves[0].seed(first), *self.halves[1].seed(first + self.num_envs // 2)]
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """:param options: for the next reset: one dict per environment, or one for all"""
+        super().set_options(options)
+        for half, rows in zip(self.halves, self.rows, strict=True):
+            half.set_options(self._options[rows])
+        self._reset_options()
+
+    def close(self) -> None:
+        """Close both."""
+        for half in self.halves:
+            half.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of each environment."""
+        return self._of_each(indices, lambda half, own: half.get_attr(attr_name, own))
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of each environment."""
+        self._of_each(indices, lambda half, own: half.set_attr(attr_name, value, own) or [None] * len(own))
+
+    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
+        """Call a method of each environment."""
+        return self._of_each(indices, lambda half, own: half.env_method(method_name, *args, indices=own, **kwargs))
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """Whether each environment is inside such a wrapper."""
+        return self._of_each(indices, lambda half, own: half.env_is_wrapped(wrapper_class, own))
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """One picture per environment."""
+        return [image for half in self.halves for image in half.get_images()]
+
+    def _of_each(self, indices: VecEnvIndices, question: Callable[[VecEnv, list[int]], Sequence[Any]]) -> list[Any]:
+        """The halves' answers for some of their environments, in the order that was asked for."""
+        n = self.num_envs // 2
+        answers: dict[int, Any] = {}
+        wanted = [index % self.num_envs for index in self._get_indices(indices)]
+        for number, half in enumerate(self.halves):
+            own = sorted({index for index in wanted if index // n == number})
+            if own:
+                answers.update(zip(own, question(half, [index - number * n for index in own]), strict=True))
+        return [answers[index] for index in wanted]
+
+
+def halves_of(env: VecEnv) -> tuple[VecEnv, ...]:
+    """Those of the :class:`TwoHalves` inside a ``VecEnv``; none if there is no such thing."""
+    return env.unwrapped.halves if isinstance(env.unwrapped, TwoHalves) else ()
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Observations of both halves: ``[n_envs, *obs_shape]``, or a dict of such."""
+    if isinstance(parts[0], dict):
+        return {key: joined([part[key] for part in parts]) for key in parts[0]}
+    return np.concatenate(parts)
+
+
+def joined_step(steps: Sequence[VecEnvStepReturn]) -> VecEnvStepReturn:
+    """The steps of both halves as one."""
+    obs, rewards, dones, infos = zip(*steps, strict=True)
+    return joined(obs), np.concatenate(rewards), np.concatenate(dones), [info for half in infos for info in half]
+
+
+def _levels(env: VecEnv) -> list[VecEnv]:
+    """The wrappers of a ``VecEnv``, and the one that they wrap."""
+    return [env, *_levels(env.venv)] if isinstance(env, VecEnvWrapper) else [env]
+
+
+def _has_reset_rows(half: VecEnv) -> bool:
+    return isinstance(half.unwrapped, NativeVecEnv) and half.unwrapped.has_reset_rows

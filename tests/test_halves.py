@@ -1,0 +1,380 @@
+"""Two halves of the environments: one ``VecEnv`` to the outside, stepped in turn by ``ScratchPPO``, with the same data."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecMonitor, VecNormalize
+
+from sb3_ppo_from_scratch import EnvFailedError, NonFiniteError, ResumableCheckpoint, ScratchPPO, ScratchRolloutBuffer
+from sb3_ppo_from_scratch.engines.cudagraph import support
+from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, TwoHalves, make_native_atari_env
+from sb3_ppo_from_scratch.vec_env.halves import joined
+from sb3_ppo_from_scratch.vec_env.stepping import AtOnce, Question
+from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
+from tests.helpers import BY_HAND, ToyEnv
+from tests.test_failing_envs import Failing
+
+SMALL: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
+FRAMES = gym.spaces.Box(0, 255, (2, 36, 36), np.uint8)
+
+
+def toys(n_envs: int, observations: gym.spaces.Space = BOX, actions: gym.spaces.Space = ACTION_SPACES["discrete"]) -> VecEnv:
+    return DummyVecEnv([lambda: Monitor(ToyEnv(deepcopy(observations), actions, length=7))] * n_envs)
+
+
+def halves(**kwargs: Any) -> TwoHalves:
+    return TwoHalves(toys(2, **kwargs), toys(2, **kwargs))
+
+
+def cartpoles(n_envs: int, mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> NativeVecEnv:
+    return NativeVecEnv(SyncVectorEnv([partial(gym.make, "CartPole-v1")] * n_envs, autoreset_mode=mode))
+
+
+# ------------------------------------------------------------------ to the outside
+
+
+def assert_same_steps(ours: VecEnv, theirs: VecEnv, n_steps: int = 40) -> None:
+    """With one seed and the same actions; of the infos what SB3 promises."""
+    theirs.action_space.seed(0)
+    for env in (ours, theirs):
+        env.seed(11)
+    assert_equal(ours.reset(), theirs.reset())
+    for _ in range(n_steps):
+        actions = np.array([theirs.action_space.sample() for _ in range(theirs.num_envs)])
+        (obs, *numbers, infos), (their_obs, *their_numbers, their_infos) = ours.step(actions), theirs.step(actions)
+        assert_equal(obs, their_obs)
+        for ours_, theirs_ in zip(numbers, their_numbers, strict=True):
+            np.testing.assert_array_equal(ours_, theirs_)
+        for info, their_info in zip(infos, their_infos, strict=True):
+            assert info.keys() == their_info.keys()
+            assert_equal(info.get("terminal_observation", 0), their_info.get("terminal_observation", 0))
+        for name in ("reset_rows", "resetting"):
+            if hasattr(theirs, name):
+                np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    ours.close()
+    theirs.close()
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            np.testing.assert_array_equal(value, b[key])
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_it_is_the_vec_env_of_all_of_them(kind: str) -> None:
+    space = OBSERVATION_SPACES[kind]
+    assert_same_steps(halves(observations=space), toys(4, space))
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_reset_rows_are_those_of_both(mode: AutoresetMode) -> None:
+    whole = cartpoles(4, mode)
+    ours = TwoHalves(cartpoles(2, mode), cartpoles(2, mode))
+    assert ours.has_reset_rows == whole.has_reset_rows
+    assert_same_steps(ours, whole, 120)
+
+
+@pytest.mark.parametrize("asynchronous", ["subproc", "async"])
+def test_halves_may_play_in_processes(asynchronous: str) -> None:
+    fns = [partial(gym.make, "CartPole-v1")] * 2
+    if asynchronous == "subproc":
+        assert_same_steps(TwoHalves(SubprocVecEnv(fns, "fork"), SubprocVecEnv(fns, "fork")), DummyVecEnv(fns * 2))
+    else:
+        modes = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        ours = TwoHalves(NativeVecEnv(AsyncVectorEnv(fns, **modes)), NativeVecEnv(AsyncVectorEnv(fns, **modes)))
+        assert_same_steps(ours, cartpoles(4))
+
+
+@pytest.mark.parametrize("backend", ["ale", "envpool"])
+def test_atari_games_are_those_of_one_vec_env(backend: str) -> None:
+    pytest.importorskip("envpool" if backend == "envpool" else "ale_py")
+    make = partial(make_native_atari_env, "BreakoutNoFrameskip-v4", backend=backend)
+    assert_same_steps(TwoHalves(make(2), make(2)), make(4), 300)
+
+
+def test_attributes_and_methods_of_all() -> None:
+    env = TwoHalves(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2), DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
+    env.set_attr("x_threshold", 1.5, indices=[3, 0])
+    env.set_attr("x_threshold", 3.5, indices=-2)
+    assert env.get_attr("x_threshold") == [1.5, 2.4, 3.5, 1.5]
+    assert env.get_attr("x_threshold", [2, 0, 2]) == [3.5, 1.5, 3.5]
+    assert env.env_method("get_wrapper_attr", "x_threshold", indices=1) == [2.4]
+    assert env.env_is_wrapped(Monitor) == [False] * 4
+    assert env.unwrapped is env
+    env.set_options([{"low": -0.01 * i, "high": 0.0} for i in range(1, 5)])
+    env.reset()
+    assert len(env.reset_infos) == 4
+
+
+def test_options_reach_their_environments() -> None:
+    env = TwoHalves(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2), DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
+    env.set_options([{"low": i + 0.1, "high": i + 0.2} for i in range(4)])
+    obs = env.reset()
+    np.testing.assert_allclose(obs, np.repeat(np.arange(4) + 0.15, 4).reshape(4, 4), rtol=0, atol=0.05)
+    assert (np.abs(env.reset()) <= 0.05).all()  # once
+
+
+def test_sb3_trains_on_it() -> None:
+    ours = PPO("MlpPolicy", halves(), **SMALL).learn(64)
+    theirs = PPO("MlpPolicy", toys(4), **SMALL).learn(64)
+    assert_same_weights(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: (toys(2), gym.make("CartPole-v1")), TypeError, "second must be a VecEnv, not TimeLimit"),
+        (lambda: (toys(2), toys(3)), ValueError, "second must have first's num_envs, 2, not 3"),
+        (lambda: (toys(2), toys(2, FRAMES)), ValueError, "second must have first's observation_space"),
+        (lambda: (VecNormalize(toys(2)), toys(2)), ValueError, "first must not be inside a VecNormalize"),
+        (lambda: (toys(2),) * 2, ValueError, "second must not be the same object as first"),
+    ],
+)
+def test_bad_halves(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TwoHalves(*make())
+
+
+# ------------------------------------------------------------------ in turn
+
+
+class ByParts(AtOnce):
+    """The oracle: steps all environments at once, but asks about each half by itself, as the random draws come in turn."""
+
+    def answer(self, obs: Any, question: Question) -> Any:
+        n = self.env.num_envs // 2
+        parts = []
+        for rows in (slice(0, n), slice(n, 2 * n)):
+            seen, answer = question({k: v[rows] for k, v in obs.items()} if isinstance(obs, dict) else obs[rows])
+            seen = (
+                {k: v.clone() for k, v in seen.items()} if isinstance(seen, dict) else seen if seen is None else seen.clone()
+            )
+            parts.append((seen, answer))
+        (seen, answers) = zip(*parts, strict=True)
+        return self.join(seen), tuple(map(self.join, zip(*answers, strict=True)))
+
+    def join(self, parts: Any) -> Any:
+        if parts[0] is None:
+            return None
+        if isinstance(parts[0], dict):
+            return {key: self.join([part[key] for part in parts]) for key in parts[0]}
+        return th.cat(list(parts)) if isinstance(parts[0], th.Tensor) else joined(parts)
+
+
+class Oracle(ScratchPPO):
+    def _turns(self, env: VecEnv, is_users: bool, keeps_seen: bool) -> AtOnce:
+        return ByParts(env)
+
+
+def assert_same_weights(ours: Any, theirs: Any) -> None:
+    for (name, a), b in zip(ours.policy.named_parameters(), theirs.policy.parameters(), strict=True):
+        assert th.equal(a, b), name
+
+
+def assert_same_training(kind: str, ours: VecEnv, theirs: VecEnv, total: int = 4 * 8 * 5, **kwargs: Any) -> None:
+    a = ScratchPPO(kind, ours, **{**SMALL, **kwargs}).learn(total)
+    b = Oracle(kind, theirs, **{**SMALL, **kwargs}).learn(total)
+    for name in ("actions", "rewards", "episode_starts", "values", "log_probs", "advantages"):
+        np.testing.assert_array_equal(getattr(a.rollout_buffer, name), getattr(b.rollout_buffer, name), err_msg=name)
+    assert_equal(a.rollout_buffer.observations, b.rollout_buffer.observations)
+    assert_same_weights(a, b)
+    assert [each["r"] for each in a.ep_info_buffer] == [each["r"] for each in b.ep_info_buffer]
+    assert_equal(a._last_obs, b._last_obs)
+
+
+@pytest.mark.parametrize("engine", ["torch", *BY_HAND])
+@pytest.mark.parametrize("actions", ["discrete", "box", "multibinary"])
+def test_the_data_are_the_same_policys(engine: str, actions: str) -> None:
+    kwargs = {"actions": ACTION_SPACES[actions]}
+    assert_same_training("MlpPolicy", halves(**kwargs), toys(4, **kwargs), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["torch", "cudagraph"])
+@pytest.mark.parametrize(("kind", "space"), [("CnnPolicy", FRAMES), ("MultiInputPolicy", OBSERVATION_SPACES["dict"])])
+def test_the_data_are_the_same_of_images_and_dicts(
+    engine: str, kind: str, space: gym.spaces.Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the buffer keeps what the policy saw, both halves share the memory that it is brought to the device by."""
+    monkeypatch.setattr(support, "device_reason", lambda policy: None)
+    kwargs = {"observations": space}
+    assert_same_training(kind, halves(**kwargs), toys(4, **kwargs), 4 * 8 * 2, engine=engine)
+
+
+def test_the_data_are_the_same_with_channels_last_and_with_reset_rows() -> None:
+    make = partial(make_native_atari_env, "BreakoutNoFrameskip-v4", noop_max=3)
+    kwargs = {"engine": "channels_last", "n_steps": 40}
+    assert_same_training("CnnPolicy", TwoHalves(make(1), make(1)), make(2), 160, **kwargs)
+
+
+@pytest.mark.parametrize("buffer", [ScratchRolloutBuffer, DeviceRolloutBuffer])
+def test_time_limits_are_bootstrapped(buffer: type[ScratchRolloutBuffer]) -> None:
+    """Every episode of the toys ends by its seventh step."""
+    assert_same_training("MlpPolicy", halves(), toys(4), rollout_buffer_class=buffer, engine="torch", n_steps=24)
+
+
+class Diary(TwoHalves):
+    """Writes down who is sent and received."""
+
+    def __init__(self, *args: Any):
+        self.lines: list[str] = []
+        super().__init__(*args)
+
+    def send(self, index: int, actions: np.ndarray) -> None:
+        self.lines.append(f"send {index}")
+        super().send(index, actions)
+
+    def receive(self, index: int) -> Any:
+        self.lines.append(f"receive {index}")
+        return super().receive(index)
+
+
+IN_TURN = ["send 0", "send 1", *["receive 0", "send 0", "receive 1", "send 1"] * 7, "receive 0", "receive 1"]
+AT_ONCE = ["send 0", "send 1", "receive 0", "receive 1"] * 8
+
+
+def test_one_half_plays_while_the_other_is_answered_and_nobody_during_an_update() -> None:
+    env = Diary(toys(2), toys(2))
+    ScratchPPO("MlpPolicy", env, **SMALL).learn(64)
+    assert env.lines == IN_TURN * 2
+
+
+def test_harmless_callbacks_change_nothing(tmp_path: Path) -> None:
+    env = Diary(toys(2), toys(2))
+    ScratchPPO("MlpPolicy", env, **SMALL).learn(32, EvalCallback(toys(1), eval_freq=5, n_eval_episodes=1, verbose=0))
+    assert env.lines == IN_TURN
+
+
+class Idle(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("reason", "wrap", "callback", "kwargs"),
+    [
+        ("a VecMonitor is around them: wrap each half instead", VecMonitor, None, {}),
+        ("a callback of your own may change the policy at each step", lambda env: env, Idle, {}),
+        ("gSDE draws its noise for all environments", lambda env: env, None, {"use_sde": True}),
+    ],
+)
+def test_what_forbids_it_is_said_once(reason: str, wrap: Any, callback: Any, kwargs: Any, capsys: Any) -> None:
+    actions = ACTION_SPACES["box"]
+    env = Diary(toys(2, actions=actions), toys(2, actions=actions))
+    model = ScratchPPO("MlpPolicy", wrap(env), **{**SMALL, **kwargs}, engine="torch", verbose=1)
+    model.learn(64, callback and callback())
+    assert env.lines == AT_ONCE * 2
+    assert capsys.readouterr().out.count(f"Stepping both halves of the environments at once: {reason}\n") == 1
+    plain = ScratchPPO("MlpPolicy", toys(4, actions=actions), **{**SMALL, **kwargs}, engine="torch").learn(64)
+    assert_same_weights(model, plain)
+
+
+def test_masks_and_memory_take_all_at_once() -> None:
+    env = Diary(toys(2), toys(2))
+    ScratchPPO("MlpLstmPolicy", env, **SMALL, policy_kwargs={"lstm_hidden_size": 4}).learn(32)
+    assert env.lines == AT_ONCE
+
+
+# ------------------------------------------------------------------ ends, errors, resumption
+
+
+def test_an_early_end_leaves_nobody_behind() -> None:
+    """The step that has begun is waited for: its observations are the last ones, and its episodes count."""
+    env = Diary(toys(2), toys(2))
+    model = ScratchPPO("MlpPolicy", env, **SMALL, engine="torch").learn(10**6, StopTrainingOnMaxEpisodes(3))
+    assert env.lines.count("send 0") == env.lines.count("receive 0")
+    assert env.lines.count("send 1") == env.lines.count("receive 1")
+    current = np.concatenate([half.buf_obs[None] for half in env.halves])  # type: ignore[attr-defined]  # a DummyVecEnv
+    np.testing.assert_array_equal(model._last_obs, current)
+    model.learn(64, reset_num_timesteps=False)
+    model.learn(64)
+
+
+def test_whoever_resets_waits_for_what_is_played() -> None:
+    env = TwoHalves(SubprocVecEnv([Failing] * 2, "fork"), SubprocVecEnv([Failing] * 2, "fork"))
+    env.reset()
+    env.send(1, np.zeros(2, int))
+    assert env.reset().shape == (4, 4)
+    env.send(0, np.zeros(2, int))
+    assert env.step(np.ones(4, int))[0].shape == (4, 4)
+    env.close()
+
+
+class Poisoned(gym.Wrapper):
+    """CartPole whose second observation is NaN."""
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        return np.full_like(obs, np.nan), *rest
+
+
+def test_nan_is_the_environments_not_the_policys() -> None:
+    def make(wrapper: Any) -> VecEnv:
+        return DummyVecEnv([lambda: gym.make("CartPole-v1"), lambda: wrapper(gym.make("CartPole-v1"))])
+
+    for first, second, number in ((Poisoned, Monitor, 1), (Monitor, Poisoned, 3)):
+        model = ScratchPPO("MlpPolicy", TwoHalves(make(first), make(second)), **SMALL)
+        with pytest.raises(NonFiniteError, match=f"observation is not finite .*in environment {number} at step 0"):
+            model.learn(64)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("kind", ["dummy", "subproc"])
+def test_a_failure_has_its_environments_number(kind: str, dies: bool) -> None:
+    if dies and kind == "dummy":
+        pytest.skip("that would be this process")
+
+    def make(fns: list[Any]) -> VecEnv:
+        return DummyVecEnv(fns) if kind == "dummy" else SubprocVecEnv(fns, "fork")
+
+    model = ScratchPPO(
+        "MlpPolicy", TwoHalves(make([Failing] * 2), make([Failing, partial(Failing, at=5, dies=dies)])), **SMALL
+    )
+    with pytest.raises(EnvFailedError, match="environment 3") as failed:
+        model.learn(64)
+    assert failed.value.env_index == 3
+    model.get_env().close()
+
+
+def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def make() -> VecEnv:
+        fns = [lambda: Monitor(gym.make("CartPole-v1"))] * 2
+        return TwoHalves(DummyVecEnv(fns), DummyVecEnv(fns))
+
+    whole = ScratchPPO("MlpPolicy", make(), **SMALL).learn(320)
+    ScratchPPO("MlpPolicy", make(), **SMALL).learn(320, [ResumableCheckpoint(64, tmp_path), StopTrainingOnMaxEpisodes(1)])
+    resumed = ScratchPPO.resume(tmp_path, make())
+    assert 0 < resumed.num_timesteps < 320
+    resumed.continue_learning()
+    assert_same_weights(whole, resumed)
+    assert_equal(whole._last_obs, resumed._last_obs)
+
+
+def test_halves_in_processes_say_that_their_state_is_not_saved(tmp_path: Path) -> None:
+    def make() -> VecEnv:
+        return TwoHalves(SubprocVecEnv([Failing] * 2, "fork"), SubprocVecEnv([Failing] * 2, "fork"))
+
+    model = ScratchPPO("MlpPolicy", make(), **SMALL)
+    with pytest.warns(UserWarning, match="TwoHalves: .*SubprocVecEnv.*not be bit-exact"):
+        model.learn(64, ResumableCheckpoint(32, tmp_path))
+    model.get_env().close()
+    env = make()
+    resumed = ScratchPPO.resume(tmp_path, env)
+    resumed.learn(64, reset_num_timesteps=False)
+    env.close()
