@@ -43,6 +43,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
+from benchmarks.cases import native_games
 from benchmarks.evaluation import EVALUATION_SEED, evaluate
 from benchmarks.options import command_line, number
 from benchmarks.packing import pack, unpack
@@ -50,7 +51,7 @@ from benchmarks.record import provenance, write_json
 from benchmarks.tasks import Task, load_entry, load_task
 from sb3_ppo_from_scratch import ResumableCheckpoint, ScratchPPO, has_checkpoint
 from sb3_ppo_from_scratch.engines import PRECISIONS
-from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS, make_native_atari_env
+from sb3_ppo_from_scratch.vec_env import ATARI_BACKENDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,8 +209,9 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
     record["sessions"].append(_new_session(options))
     checkpoint = ResumableCheckpoint(None, options.out / "checkpoints")
     # the games' C++ cannot be saved: each command begins new ones
-    env = _games(task.n_envs, options.backend, options.seed + 1000 * (len(record["sessions"]) - 1))
-    games = _games(_GAMES_AT_ONCE, options.backend, EVALUATION_SEED, clip_reward=False)
+    seed = options.seed + 1000 * (len(record["sessions"]) - 1)
+    env = native_games(ENV_ID, task.n_envs, seed, options.backend, options.halves)
+    games = native_games(ENV_ID, _GAMES_AT_ONCE, EVALUATION_SEED, options.backend, halves=False, clip_reward=False)
     timesteps = int(options.timesteps)
     journal = Journal(path, record, timesteps, int(options.eval_every), options.eval_episodes, deadline, checkpoint, games)
     callbacks: list[BaseCallback] = [checkpoint, journal]
@@ -310,10 +312,6 @@ def _millions(rows: list[Record]) -> list[float]:
     return [row["timesteps"] / 1e6 for row in rows]
 
 
-def _games(n_envs: int, backend: str, seed: int, clip_reward: bool = True) -> VecEnv:
-    return make_native_atari_env(ENV_ID, n_envs, seed=seed, backend=backend, clip_reward=clip_reward)
-
-
 def _begun_record(options: argparse.Namespace) -> Record:
     """The run's, or that of the run that it goes on from; else a new one."""
     for folder in filter(None, (options.out, options.start)):
@@ -403,6 +401,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", help="ScratchPPO's (%(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="%(default)s")
     parser.add_argument("--backend", choices=ATARI_BACKENDS, default="ale", help="whose C++ runs the games (%(default)s)")
+    parser.add_argument("--halves", action="store_true", help="play in two halves, one while the policy answers the other")
     parser.add_argument("--device", default="cpu", help="of the networks (%(default)s)")
     parser.add_argument("--minutes", type=number(float, 0), default=float("inf"), help="after which to stop (never)")
     parser.add_argument("--timesteps", type=number(float, 1), default=1e7, help="of the whole training (%(default)g)")
@@ -432,7 +431,7 @@ def main() -> None:
         print(f"wrote {picture}\nfor docs/results.md: {summary(record)}")
         return
     if options.export is not None:
-        env = _games(load_task("atari").n_envs, options.backend, options.seed)
+        env = native_games(ENV_ID, load_task("atari").n_envs, options.seed, options.backend, options.halves)
         print(f"wrote {export(ScratchPPO.resume(options.out / 'checkpoints', env, device=options.device), options.export)}")
         return
     th.set_num_threads(options.threads)

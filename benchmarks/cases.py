@@ -18,7 +18,7 @@ from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 from sb3_ppo_from_scratch.engines.compiled.library import kernel_reason
-from sb3_ppo_from_scratch.vec_env import NativeVecEnv, make_native_atari_env
+from sb3_ppo_from_scratch.vec_env import NativeVecEnv, TwoHalves, make_native_atari_env
 
 __all__ = ["CASES", "Case", "Contestant", "build", "contestants", "make_env", "missing", "scaled"]
 
@@ -34,10 +34,16 @@ class Contestant:
     threads: int = 1
     """torch's and the matrix library's"""
     precision: str = "fp32"
+    halves: bool = False
+    """whether the native games are two halves, which are stepped in turn"""
 
     @property
     def title(self) -> str:
         """For tables and figures."""
+        return f"{self._who}, halves in turn" if self.halves else self._who
+
+    @property
+    def _who(self) -> str:
         who = {"sb3": "SB3 PPO", "sbx": "SBX PPO", "none": "environments alone"}.get(self.engine, f"ScratchPPO {self.engine}")
         return who if self.precision == "fp32" else f"{who} {self.precision}"
 
@@ -160,13 +166,24 @@ def make_env(case: Case, contestant: Contestant, seed: int) -> Any:
         vector_env = gym.make_vec(case.env_id, num_envs=n_envs, vectorization_mode="vector_entry_point")
         return vector_env if task.normalize is None else VecNormalize(NativeVecEnv(vector_env), **task.normalize)
     if kind in ("ale", "envpool"):
-        return make_native_atari_env(case.env_id, n_envs=n_envs, seed=seed, backend=kind)
+        return native_games(case.env_id, n_envs, seed, kind, contestant.halves)
     vec_env_cls = SubprocVecEnv if kind == "subproc" else DummyVecEnv
     if "NoFrameskip" in case.env_id:
         env_id = f"ale_py:{case.env_id}"  # registers the games in subprocesses, too
         return VecFrameStack(make_atari_env(env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls), n_stack=4)
     env: VecEnv = make_vec_env(case.env_id, n_envs, seed=seed, vec_env_cls=vec_env_cls)
     return env if task.normalize is None else VecNormalize(env, **task.normalize)
+
+
+def native_games(env_id: str, n_envs: int, seed: int, backend: str, halves: bool, **options: Any) -> VecEnv:
+    """
+    Atari games of :func:`make_native_atari_env`, whose arguments these are.
+
+    :param halves: whether they are two halves, which ``ScratchPPO`` steps in turn; the same games with the same seeds
+    """
+    sizes = [n_envs // 2, n_envs // 2] if halves else [n_envs]
+    groups = [make_native_atari_env(env_id, size, seed + index * size, backend, **options) for index, size in enumerate(sizes)]
+    return TwoHalves(*groups) if halves else groups[0]
 
 
 def build(case: Case, contestant: Contestant, seed: int, device: str = "cpu") -> OnPolicyAlgorithm:

@@ -125,8 +125,8 @@ def test_a_run_goes_on_where_its_pieces_were_carried_to(tmp_path: Path, monkeypa
     monkeypatch.setattr(breakout, "draw", lambda record, path: None)
     monkeypatch.setattr(packing.pack, "__defaults__", (1_000_000,))
     seeds: list[int] = []
-    games = breakout._games
-    monkeypatch.setattr(breakout, "_games", lambda *a, **k: (seeds.append(a[2]), games(*a, **k))[1])
+    games = breakout.native_games
+    monkeypatch.setattr(breakout, "native_games", lambda *a, **k: (seeds.append(a[2]), games(*a, **k))[1])
 
     def main(name: str, *more: str) -> dict[str, Any]:
         arguments = ["--out", str(tmp_path / name), "--timesteps", "40", "--minutes", "0", "--eval-episodes", "0"]

@@ -169,16 +169,26 @@ def test_who_takes_part() -> None:
     few, many = measure.contestants(8, "ale", cores=4), measure.contestants(128, "envpool", cores=8)
     assert Contestant("sb3", "subproc") in few
     assert {each.envs for each in many if each.engine == "sb3"} == {"dummy"}, "128 processes are too many for 8 cores"
-    assert {(each.engine, each.precision) for each in many if each.envs == "envpool"} == {
+    assert {(each.engine, each.precision) for each in many if each.envs == "envpool" and not each.halves} == {
         ("none", "fp32"),
         ("torch", "fp32"),
         ("cudagraph", "fp32"),
         ("cudagraph", "tf32"),
         ("cudagraph", "bf16"),
     }
+    assert {(each.engine, each.precision) for each in many if each.halves} == {("cudagraph", "fp32"), ("cudagraph", "bf16")}
+    assert not any(each.halves for each in measure.contestants(7, "ale", cores=4))
 
 
-@pytest.mark.parametrize("contestant", [Contestant("sb3", "dummy"), Contestant("torch", "ale"), Contestant("none", "ale")])
+@pytest.mark.parametrize(
+    "contestant",
+    [
+        Contestant("sb3", "dummy"),
+        Contestant("torch", "ale"),
+        Contestant("torch", "ale", halves=True),
+        Contestant("none", "ale"),
+    ],
+)
 def test_each_is_timed(contestant: Contestant) -> None:
     pytest.importorskip("ale_py")
     found = measure.measure_one(contestant, 2, 0.01, tiny_task(), "cpu")
@@ -380,6 +390,7 @@ def test_a_visits_commands_are_what_the_programs_understand(tmp_path: Path) -> N
     assert status == 0
     chosen = breakout.parse_options(said.split()[2:])
     assert (chosen.device, chosen.engine, chosen.minutes, chosen.commit) == ("cuda", "cudagraph", 4.0, "abc")
+    assert chosen.halves
     assert (chosen.pack, chosen.unpack, chosen.timesteps) == (Path(out) / "pieces", tmp_path / "carried", 1e7)
     status, said = visit(tmp_path, "breakout", "no wheels", out, "abc", "4", python=str(echo))
     assert breakout.parse_options(said.split()[2:]).unpack is None

@@ -52,6 +52,11 @@ def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
     return [
         Contestant("none", backend),
         *(Contestant("cudagraph", backend, precision=precision) for precision in CudaGraphEngine.precisions),
+        *(
+            Contestant("cudagraph", backend, precision=precision, halves=True)
+            for precision in ("fp32", "bf16")
+            if n_envs % 2 == 0
+        ),
         *subproc,
         Contestant("sb3", "dummy"),
         Contestant("torch", backend),

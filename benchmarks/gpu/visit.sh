@@ -42,7 +42,7 @@ case $step in
         ;;
     breakout)
         minutes=${5:?minutes}
-        exec "$python" -m benchmarks.breakout --device cuda --engine cudagraph --commit "$commit" --minutes "$minutes" --eval-every 1e6 \
+        exec "$python" -m benchmarks.breakout --device cuda --engine cudagraph --halves --commit "$commit" --minutes "$minutes" --eval-every 1e6 \
             --out "$out/run" --pack "$out/pieces" ${6:+--unpack "$6"}
         ;;
     *)

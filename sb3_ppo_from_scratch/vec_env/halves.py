@@ -10,6 +10,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 
 __all__ = ["TwoHalves", "halves_of", "joined", "joined_step"]
@@ -48,6 +49,7 @@ class TwoHalves(VecEnv):
             if getattr(first, name) != getattr(second, name):
                 raise ValueError(f"second must have first's {name}, {getattr(first, name)}, not {getattr(second, name)}")
         self._is_playing = [False, False]
+        self._guards = [ObservationGuard(), ObservationGuard()]
         super().__init__(2 * first.num_envs, first.observation_space, first.action_space)
 
     @property
@@ -62,8 +64,9 @@ class TwoHalves(VecEnv):
         """:return: first observations, ``[n_envs, *obs_shape]`` or a dict of such"""
         self.settle()
         obs = [half.reset() for half in self.halves]
+        self._guards = [ObservationGuard(), ObservationGuard()]
         self._gather_reset_infos()
-        return joined(obs)
+        return joined([guard(part) for guard, part in zip(self._guards, obs, strict=True)])
 
     def step_async(self, actions: np.ndarray) -> None:
         """:param actions: ``[n_envs, *action_shape]``"""
@@ -86,11 +89,16 @@ class TwoHalves(VecEnv):
         self._is_playing[index] = True
 
     def receive(self, index: int) -> VecEnvStepReturn:
-        """Wait for one half's step: observations, rewards, dones and infos of ``n_envs / 2`` environments."""
+        """
+        Wait for one half's step.
+
+        :return: observations, rewards, dones and infos of ``n_envs / 2`` environments, in memory that they leave alone while
+            they take the next step
+        """
         self._is_playing[index] = False  # whatever comes of it
-        result = self.halves[index].step_wait()
+        obs, rewards, dones, infos = self.halves[index].step_wait()
         self._gather_reset_infos()
-        return result
+        return self._guards[index](obs), rewards.copy(), dones.copy(), infos
 
     def settle(self) -> None:
         """Wait for what is still being played, for nobody: a training was ended in the middle of a rollout."""
