@@ -32,6 +32,7 @@ __all__ = [
     "distribution_parameters",
     "drop_graph",
     "exact_kl",
+    "give_parameters",
     "mean_kl",
     "select_rows",
 ]
@@ -89,6 +90,20 @@ def distribution_parameters(distribution: Distribution | None) -> th.Tensor | No
         normal = distribution.distribution
         return th.cat([normal.loc, th.log(normal.scale)], dim=1)
     return None
+
+
+def give_parameters(distribution: Any, params: th.Tensor) -> Distribution:
+    """
+    The inverse of :func:`distribution_parameters`, without squashing, gSDE or masks.
+
+    :param distribution: one of SB3's own, which is given them
+    :param params: ``[batch_size, n_params]``
+    :return: ``distribution``
+    """
+    if isinstance(distribution, DiagGaussianDistribution):
+        means, log_stds = params.chunk(2, dim=1)
+        return distribution.proba_distribution(means, log_stds)
+    return distribution.proba_distribution(params)
 
 
 def _masked_parts(distribution: Any) -> list[th.distributions.Categorical] | None:

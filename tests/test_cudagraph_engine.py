@@ -6,6 +6,7 @@ What needs a GPU is in ``test_cuda.py``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -668,3 +669,46 @@ def test_what_becomes_unsupported_goes_to_another_engine(on_cpu: None, monkeypat
     model.learn(32)
     assert type(model._engine) is TorchEngine
     assert calls
+
+
+# ------------------------------------------------------------------ the loss as one kernel
+
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "actions", "backend"),
+    [
+        ("mlp", "discrete", "aot_eager"),
+        ("mlp", "multidiscrete", "aot_eager"),
+        ("mlp", "multibinary", "aot_eager"),
+        ("mlp", "box", "aot_eager"),
+        pytest.param(
+            "cnn",
+            "discrete",
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")],
+        ),
+    ],
+)
+def test_a_compiled_loss_is_the_same(kind: str, actions: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first four are traced by ``torch.compile`` and differentiated as it does; the last one is compiled, too."""
+    compiled: list[Any] = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        compiled.append(function.__name__)
+        return real(function, **options, backend=backend)
+
+    real = th.compile
+    configs = [update_config(clip_range_vf=0.2, ent_coef=0.01), update_config(clip_range_vf=0.3, clip_range=0.1)]
+    theirs = Updated(reference=True, configs=configs, kind=kind, actions=actions)
+    monkeypatch.setattr(CudaGraphEngine, "fuses_loss", True)
+    monkeypatch.setattr(th, "compile", compile_)
+    ours = Updated(reference=False, configs=configs, kind=kind, actions=actions)
+    assert_same_updates(ours, theirs)
+    assert compiled == ["measure"], "once for both updates"
+
+
+def test_the_loss_is_compiled_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th, "compile", None)
+    Updated(reference=False, configs=[update_config()])

@@ -6,7 +6,8 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -45,6 +46,11 @@ class CudaGraphEngine(HeadsEngine):
     shares_minibatches = False
     buffer_class = DeviceRolloutBuffer
     precisions = ("fp32", "tf32", "bf16")
+    fuses_loss: ClassVar[bool] = False
+    """
+    Whether ``torch.compile`` makes one kernel of the many between the network's outputs and the gradient by them. To be set
+    before the first update, which then takes some seconds or tens of them longer; it needs a C compiler.
+    """
 
     def __init__(self, policy: ActorCriticPolicy, precision: str = "fp32", loss: Loss = minibatch_loss):
         super().__init__(policy, precision, loss)
@@ -110,7 +116,8 @@ class CudaGraphEngine(HeadsEngine):
         if self._learner is None or self._learner.key != GraphLearner.key_of(self.policy, buffer, config):
             self._learner = None
             gc.collect()  # it holds itself in circles, and a graph's memory is large
-            self._learner = GraphLearner(self.policy, self.heads, buffer, config)
+            compiled = partial(th.compile, fullgraph=True, dynamic=False) if self.fuses_loss else None
+            self._learner = GraphLearner(self.policy, self.heads, buffer, config, compiled)
         with self._learner.replayed(config) as update:
             yield update
 

@@ -10,18 +10,19 @@ is read at the end, and is the one thing that the host waits for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import MultiCategoricalDistribution, make_proba_distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import RolloutData
-from sb3_ppo_from_scratch.distributions import UncheckedDistributions, exact_kl
+from sb3_ppo_from_scratch.distributions import UncheckedDistributions, distribution_parameters, exact_kl, give_parameters
 from sb3_ppo_from_scratch.engines.cudagraph.acting import Heads
 from sb3_ppo_from_scratch.engines.cudagraph.cuda_graph import Captured
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
@@ -32,6 +33,8 @@ from sb3_ppo_from_scratch.losses import PPOLoss, weighted_mean
 from sb3_ppo_from_scratch.update import PolicyOutputs, UpdateConfig, minibatch_loss
 
 __all__ = ["GraphLearner", "ReplayedUpdate", "draw_plan"]
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _COEFFICIENTS = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "max_grad_norm", "kl_limit", "raises")
 _NUMBERS = ("advantages", "returns", "old_values", "old_log_prob")
@@ -88,9 +91,17 @@ class GraphLearner:
     :param heads: the policy's networks
     :param buffer: holds every rollout
     :param config: for the sizes, and for what is there at all; coefficients may change from update to update
+    :param compiled: makes :meth:`measure` faster, ``torch.compile`` or the like; ``None`` to take it as it is
     """
 
-    def __init__(self, policy: ActorCriticPolicy, heads: Heads, buffer: DeviceRolloutBuffer, config: UpdateConfig):
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        heads: Heads,
+        buffer: DeviceRolloutBuffer,
+        config: UpdateConfig,
+        compiled: Compiler | None = None,
+    ):
         self.policy, self.heads, self.buffer = policy, heads, buffer
         self.data = buffer.rows()
         self.parameters: list[th.Tensor] = list(policy.parameters())
@@ -115,6 +126,10 @@ class GraphLearner:
         self.gradient = th.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=device)
         parts = zip(self.gradient.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
         self.gradients = [part.view_as(parameter) for part, parameter in parts]
+        self.distribution = make_proba_distribution(policy.action_space)
+        if isinstance(self.distribution, MultiCategoricalDistribution):  # Python's numbers are what a compiler knows
+            self.distribution.action_dims = [int(size) for size in self.distribution.action_dims]
+        self._measure = self.measure if compiled is None else compiled(self.measure)
         self._minibatch = Captured(self.step, device)
         self._is_ready = False
 
@@ -152,19 +167,35 @@ class GraphLearner:
 
     def _loss(self, batch: RolloutData, n_rows: th.Tensor) -> tuple[PPOLoss, th.Tensor]:
         """The loss, and the exact KL between the behaviour policy and the one now (NaN where the former is not known)."""
+        values, distribution = self.heads(batch.observations)
+        params = distribution_parameters(distribution)
+        assert params is not None  # of SB3's own distributions
+        return self._measure(values.flatten(), params, batch._replace(observations=self.positions), n_rows)
+
+    def measure(
+        self, values: th.Tensor, params: th.Tensor, batch: RolloutData, n_rows: th.Tensor
+    ) -> tuple[PPOLoss, th.Tensor]:
+        """
+        What :meth:`step` does between the network's outputs and the gradient by them: many small kernels on few numbers.
+
+        :param values: ``[width]``
+        :param params: ``[width, n_params]``, see :func:`distribution_parameters`
+        :param batch: what the rollout knows; its observations do not matter
+        :param n_rows: scalar, how many rows count
+        :return: the loss, and the exact KL, scalar
+        """
         actions = batch.actions
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        values, distribution = self.heads(batch.observations)
-        outputs = PolicyOutputs(values.flatten(), distribution.log_prob(actions), distribution.entropy(), distribution)
+        distribution = give_parameters(self.distribution, params)
+        outputs = PolicyOutputs(values, distribution.log_prob(actions), distribution.entropy(), distribution)
         weights = (self.positions < n_rows).to(values.dtype)
         numbers = {name: getattr(batch, name).to(values.dtype) for name in _NUMBERS}
         loss = minibatch_loss(outputs, batch._replace(**numbers), self._config, weights)
         with th.no_grad():
-            old, new = batch.dist_params, outputs.dist_params
-            if old is None or new is None:
+            if batch.dist_params is None:
                 return loss, th.full_like(loss.total, th.nan)
-            return loss, weighted_mean(exact_kl(distribution, old, new), weights)
+            return loss, weighted_mean(exact_kl(distribution, batch.dist_params, params), weights)
 
     def _decide(self, loss: PPOLoss, norm: th.Tensor) -> th.Tensor:
         """
