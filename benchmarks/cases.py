@@ -18,6 +18,7 @@ from benchmarks.tasks import Task, load_task
 from sb3_ppo_from_scratch import ScratchPPO
 from sb3_ppo_from_scratch.engines import ENGINE_NAMES
 from sb3_ppo_from_scratch.engines.compiled.library import kernel_reason
+from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine
 from sb3_ppo_from_scratch.vec_env import NativeVecEnv, TwoHalves, make_native_atari_env
 
 __all__ = ["CASES", "Case", "Contestant", "build", "contestants", "make_env", "missing", "scaled"]
@@ -36,11 +37,13 @@ class Contestant:
     precision: str = "fp32"
     halves: bool = False
     """whether the native games are two halves, which are stepped in turn"""
+    compiled_loss: bool = False
+    """whether ``torch.compile`` takes the loss of the engine ``"cudagraph"``"""
 
     @property
     def title(self) -> str:
         """For tables and figures."""
-        return f"{self._who}, halves in turn" if self.halves else self._who
+        return self._who + ", halves in turn" * self.halves + ", compiled loss" * self.compiled_loss
 
     @property
     def _who(self) -> str:
@@ -202,6 +205,7 @@ def build(case: Case, contestant: Contestant, seed: int, device: str = "cpu") ->
         return SBX(task.policy, env, seed=seed, **task.arguments)
     if contestant.engine == "sb3":
         return PPO(task.policy, env, seed=seed, device=device, **task.arguments)
+    CudaGraphEngine.fuses_loss = contestant.compiled_loss
     options: dict[str, Any] = {"engine": contestant.engine, "precision": contestant.precision}
     return ScratchPPO(task.policy, env, seed=seed, device=device, **task.arguments, **options)
 

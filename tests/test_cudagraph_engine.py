@@ -712,3 +712,18 @@ def test_a_compiled_loss_is_the_same(kind: str, actions: str, backend: str, monk
 def test_the_loss_is_compiled_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "compile", None)
     Updated(reference=False, configs=[update_config()])
+
+
+def test_observations_go_straight_into_the_graphs_input() -> None:
+    """What the buffer brings to the device lies where the policy reads it; what lies elsewhere is copied there."""
+    policy = make_policy("cnn")
+    buffer, engine = make_buffer(policy, DeviceRolloutBuffer), CudaGraphEngine(policy)
+    assert isinstance(buffer, DeviceRolloutBuffer)
+    frames = [np.stack([FRAMES.sample() for _ in range(3)]) for _ in range(3)]
+    for index, each in enumerate(frames):
+        brought = buffer.observe(each)
+        step = engine.act(brought if index < 2 else th.as_tensor(each))
+        assert engine._player is not None
+        assert engine._player.obs is brought
+        expected = policy.predict_values(th.as_tensor(each))
+        th.testing.assert_close(step.values, expected.detach(), rtol=1e-4, atol=1e-5)

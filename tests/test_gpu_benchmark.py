@@ -178,6 +178,7 @@ def test_who_takes_part() -> None:
     }
     assert {(each.engine, each.precision) for each in many if each.halves} == {("cudagraph", "fp32"), ("cudagraph", "bf16")}
     assert not any(each.halves for each in measure.contestants(7, "ale", cores=4))
+    assert [each.title for each in few if each.compiled_loss] == ["ScratchPPO cudagraph, compiled loss"]
 
 
 @pytest.mark.parametrize(

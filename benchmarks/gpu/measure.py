@@ -48,15 +48,13 @@ def contestants(n_envs: int, backend: str, cores: int) -> list[Contestant]:
     :param backend: of the native ones
     :param cores: a process per environment is only tried up to eight times as many
     """
+    in_halves = ("fp32", "bf16") if n_envs % 2 == 0 else ()
     subproc = [Contestant("sb3", "subproc")] if n_envs <= 8 * cores else []
     return [
         Contestant("none", backend),
         *(Contestant("cudagraph", backend, precision=precision) for precision in CudaGraphEngine.precisions),
-        *(
-            Contestant("cudagraph", backend, precision=precision, halves=True)
-            for precision in ("fp32", "bf16")
-            if n_envs % 2 == 0
-        ),
+        Contestant("cudagraph", backend, compiled_loss=True),
+        *(Contestant("cudagraph", backend, precision=precision, halves=True) for precision in in_halves),
         *subproc,
         Contestant("sb3", "dummy"),
         Contestant("torch", backend),

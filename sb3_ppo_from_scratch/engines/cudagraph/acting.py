@@ -49,16 +49,16 @@ class Player:
     Acts on observations of one shape.
 
     :param heads: the policy's networks
-    :param obs: an example; later ones have its shape and type
+    :param obs: an example, in memory that is the graph's input from now on: who brings later ones to the same place, as the
+        buffer does, spares a copy. Those that are elsewhere are copied there; all have its shape and type.
     :param action_space: for the actions' shape
     """
 
     def __init__(self, heads: Heads, obs: PyTorchObs, action_space: spaces.Space):
         self.heads = heads
         self.action_shape: tuple[int, ...] = action_space.shape  # type: ignore[assignment]  # no Dict
-        is_dict = isinstance(obs, dict)
-        self.obs: PyTorchObs = {k: v.clone() for k, v in obs.items()} if is_dict else obs.clone()  # type: ignore[union-attr]
-        device = next(iter(obs.values())).device if is_dict else obs.device  # type: ignore[union-attr]
+        self.obs = dict(obs) if isinstance(obs, dict) else obs
+        device = next(iter(self.obs.values())).device if isinstance(self.obs, dict) else self.obs.device
         with unchanged_generator(device):
             self.actions, self.numbers = map(th.empty_like, self._compute())
         self.is_sound = th.ones((), dtype=th.bool, device=device)
@@ -100,9 +100,9 @@ class Player:
         """
         if isinstance(obs, dict):
             for key, value in obs.items():
-                self.obs[key].copy_(value, non_blocking=True)  # type: ignore[index]  # then it is a dict too
+                _bring(value, self.obs[key])  # type: ignore[index]  # then it is a dict too
         else:
-            self.obs.copy_(obs, non_blocking=True)  # type: ignore[union-attr]  # likewise
+            _bring(obs, self.obs)  # type: ignore[arg-type]  # likewise
         self._step()
         actions, is_sound = self._on_host
         actions.copy_(self.actions, non_blocking=True)
@@ -113,6 +113,11 @@ class Player:
         if not is_sound:
             raise NonFiniteError("probabilities", NAN_MESSAGE)
         return PolicyStep(np.array(actions.numpy()), numbers[:, :1], numbers[:, 1], numbers[:, 2:])
+
+
+def _bring(source: th.Tensor, target: th.Tensor) -> None:
+    if source is not target:
+        target.copy_(source, non_blocking=True)
 
 
 def _alike(a: th.Tensor, b: th.Tensor) -> bool:
