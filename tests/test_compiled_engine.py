@@ -270,7 +270,7 @@ def test_no_step_is_taken_on_what_is_not_finite(nan_policy: str, instruction_set
                 learned_by(engine, *batches, **config)
         else:
             assert learned_by(engine, *batches, **config).skipped == 1
-        assert engine.adam.n_steps == (1 if nan_policy == "raise" else 2)
+        assert engine.optimizer.n_steps == (1 if nan_policy == "raise" else 2)
         assert np.isfinite(engine.flat.vector).all()
 
 
@@ -282,7 +282,7 @@ def test_a_gradient_beyond_float32_is_not_finite() -> None:
     engine = CompiledEngine(policy)
     with pytest.raises(NonFiniteError, match="the gradient of a minibatch is not finite"):
         learned_by(engine, batch, vf_coef=1e7)
-    assert engine.adam.n_steps == 0
+    assert engine.optimizer.n_steps == 0
 
 
 @is_built

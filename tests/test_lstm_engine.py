@@ -201,7 +201,7 @@ def test_what_it_leaves_to_the_reference() -> None:
     assert choose_engine("auto", make_policy()).engine is LstmEngine
     dropout = {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.5}}
     assert "dropout between its layers" in refusal(make_policy(**dropout))
-    assert "must be torch's Adam or AdamW, not SGD" in refusal(make_policy(optimizer_class=th.optim.SGD))
+    assert "must be Adam or AdamW, not SGD" in refusal(make_policy(optimizer_class=th.optim.SGD))
     assert "not Own" in refusal(Own(BOX, spaces.Discrete(3), lambda _: 1e-3))
     policy = make_policy()
     policy.lstm_critic.register_forward_hook(lambda *_: None)

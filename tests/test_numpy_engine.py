@@ -20,6 +20,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -30,14 +31,15 @@ from sb3_ppo_from_scratch.advantages import normalize_advantages
 from sb3_ppo_from_scratch.distributions import apply_masks, distribution_parameters, exact_kl
 from sb3_ppo_from_scratch.engines import choose_engine
 from sb3_ppo_from_scratch.engines.numpy_mlp import NumpyEngine
-from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch
+from sb3_ppo_from_scratch.engines.numpy_mlp.optimizers import FlatOptimizer, flat_optimizer
 from sb3_ppo_from_scratch.engines.reference.engine import TorchEngine
 from sb3_ppo_from_scratch.losses import PPOLoss, ppo_loss
 from sb3_ppo_from_scratch.update import UpdateConfig
 from tests.envs import ACTION_SPACES, OBSERVATION_SPACES
-from tests.helpers import BY_HAND, FASTEST, ToyEnv
+from tests.helpers import BY_HAND, FASTEST, KERNEL_REASON, ToyEnv
 
 VECTOR = spaces.Box(-1.0, 1.0, (5,), np.float32)
 ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU]
@@ -112,7 +114,7 @@ def closed_form(policy: ActorCriticPolicy, batch: Batch, config: UpdateConfig) -
     engine = NumpyEngine(policy)
     engine.flat.gradient[:] = np.nan  # whatever is not filled in shows
     buffer = RolloutBuffer(1, policy.observation_space, policy.action_space)
-    learner = NumpyLearner(buffer, config, engine.network, engine.head, engine.adam, engine.features)
+    learner = NumpyLearner(buffer, config, engine.network, engine.head, engine.optimizer, engine.features)
     gradient = learner.gradient(learner.prepared(batch))
     gradient.backward()
     engine.flat.publish_gradient()
@@ -450,27 +452,86 @@ def test_policies_can_be_pickled_and_copied() -> None:
     assert th.load(file, weights_only=True).keys() == policy.state_dict().keys()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.5, 0.9)}])
-@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
-def test_adam_is_torchs(optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any]) -> None:
+ADAM = [{}, {"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.5, 0.9)}]
+RMSPROP = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"centered": True},
+    {"momentum": 0.5, "centered": True, "alpha": 0.9, "eps": 1e-3},
+]
+STEPS = [
+    *((kind, kwargs) for kind in (th.optim.Adam, th.optim.AdamW) for kwargs in ADAM),
+    *((kind, kwargs) for kind in (th.optim.RMSprop, RMSpropTFLike) for kwargs in RMSPROP),
+    (th.optim.RMSprop, {"maximize": True, "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize(("optimizer_class", "kwargs"), STEPS)
+def test_a_step_is_the_optimizers_own(optimizer_class: type[th.optim.Optimizer], kwargs: dict[str, Any], before: int) -> None:
+    """From the start on, or after some steps that it took itself; and it goes on by itself afterwards."""
     th.manual_seed(0)
     start = [th.randn(3, 4, dtype=th.float64), th.randn(7, dtype=th.float64)]
     ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    optimizers = [optimizer_class(parameters, lr=0.01, **kwargs) for parameters in (ours, theirs)]
-    flat = FlatParameters(ours)
-    adam = FlatAdam(optimizers[0], flat)
-    for _ in range(5):
-        gradients = [th.randn_like(x) for x in start]
-        flat.gradient[:] = th.cat([gradient.flatten() for gradient in gradients]).numpy()
-        adam.step()
-        for parameter, gradient in zip(theirs, gradients, strict=True):
+    mine, reference = (optimizer_class(parameters, lr=0.01, **kwargs) for parameters in (ours, theirs))
+
+    def step(parameters: list[nn.Parameter], optimizer: th.optim.Optimizer, gradients: list[th.Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizers[1].step()
+        optimizer.step()
+
+    flat: FlatOptimizer | None = None
+    for index in range(8):
+        gradients = [th.randn_like(x) for x in start]
+        step(theirs, reference, [gradient.clone() for gradient in gradients])
+        if index == before:
+            flat = flat_optimizer(mine, FlatParameters(ours))
+        if index == 6:
+            assert flat is not None
+            assert flat.is_current()
+            assert flat.n_steps == 6
+            flat.flat.release()
+            flat.release()
+            flat = None
+        if flat is None:
+            step(ours, mine, gradients)
+        else:
+            flat.flat.gradient[:] = th.cat([gradient.flatten() for gradient in gradients]).numpy()
+            flat.step()
     for a, b in zip(ours, theirs, strict=True):
         th.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        assert optimizers[0].state[a].keys() == optimizers[1].state[b].keys()
-        for key, value in optimizers[1].state[b].items():
-            th.testing.assert_close(optimizers[0].state[a][key], value, rtol=1e-12, atol=1e-12)
+        assert mine.state[a].keys() == reference.state[b].keys()
+        for key, value in reference.state[b].items():
+            assert type(mine.state[a][key]) is type(value)
+            th.testing.assert_close(mine.state[a][key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer_class", [th.optim.RMSprop, RMSpropTFLike])
+@pytest.mark.parametrize("action_space", ["discrete", "box"])
+def test_an_update_by_rmsprop(optimizer_class: type[th.optim.Optimizer], action_space: str) -> None:
+    options: dict[str, Any] = {"optimizer_class": optimizer_class, "optimizer_kwargs": {"eps": 1e-5, "momentum": 0.5}}
+    found = [
+        after_one_update(engine, VECTOR, ACTION_SPACES[action_space], policy_kwargs=options) for engine in ("torch", "numpy")
+    ]
+    (theirs, start, expected, _), (ours, _, actual, _) = found
+    assert float((actual - expected).norm()) < NO_CHANGE * float((expected - start).norm())
+    states = [list(model.policy.optimizer.state_dict()["state"].values()) for model in (ours, theirs)]
+    for mine, reference in zip(*states, strict=True):
+        assert mine.keys() == reference.keys()
+        assert mine["step"] == reference["step"]
+
+
+def test_rmsprop_is_numpys_and_not_compileds() -> None:
+    model = cartpole(policy_kwargs={"optimizer_class": RMSpropTFLike}, engine="auto")
+    assert type(model._current_engine()) is NumpyEngine
+    if KERNEL_REASON is None:
+        with pytest.raises(ValueError, match="the optimizer must be Adam or AdamW, not RMSpropTFLike"):
+            cartpole(policy_kwargs={"optimizer_class": RMSpropTFLike}, engine="compiled")
+        changed = cartpole(engine="auto").learn(64)
+        changed.policy.optimizer = th.optim.RMSprop(changed.policy.parameters(), lr=1e-3)
+        changed.learn(64)
+        assert type(changed._current_engine()) is NumpyEngine
 
 
 # --------------------------------------------------------------------------------- choice

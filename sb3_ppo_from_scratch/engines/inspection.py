@@ -9,11 +9,22 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from torch import nn
 
 from sb3_ppo_from_scratch import advantages, losses, update
 
-__all__ = ["Fingerprint", "adam_reason", "has_hooks", "modified_reason", "parts_of_the_loss", "replaced_method"]
+__all__ = [
+    "ADAM",
+    "RMSPROP",
+    "Fingerprint",
+    "adam_reason",
+    "has_hooks",
+    "modified_reason",
+    "parts_of_the_loss",
+    "replaced_method",
+    "step_reason",
+]
 
 
 _PARTS_OF_THE_LOSS: dict[ModuleType, tuple[str, ...]] = {
@@ -108,21 +119,34 @@ def _has_own_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+ADAM = (th.optim.Adam, th.optim.AdamW)
+RMSPROP = (th.optim.RMSprop, RMSpropTFLike)
+
+
 def adam_reason(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor] | None = None) -> str | None:
+    """:func:`step_reason` where only Adam and AdamW are known."""
+    return step_reason(optimizer, ADAM, parameters)
+
+
+def step_reason(
+    optimizer: th.optim.Optimizer, kinds: tuple[type, ...], parameters: Iterable[th.Tensor] | None = None
+) -> str | None:
     """
-    Why a step of ``optimizer`` is not just one of Adam or AdamW; ``None`` if it is.
+    Why a step of ``optimizer`` is not just one of these kinds; ``None`` if it is.
 
     :param optimizer: a policy's
+    :param kinds: classes
     :param parameters: what it must step on; ``None`` if that has been checked already
     """
-    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
-        return f"the optimizer must be torch's Adam or AdamW, not {type(optimizer).__name__}"
+    if type(optimizer) not in kinds:
+        *names, last = (kind.__name__ for kind in kinds)
+        return f"the optimizer must be {', '.join(names)} or {last}, not {type(optimizer).__name__}"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer):
         return "there are hooks on the optimizer, or its step was replaced"
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} parameter groups"
     group = optimizer.param_groups[0]
-    if group["capturable"] or group["differentiable"] or isinstance(group["lr"], th.Tensor):
+    if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], th.Tensor):
         return "the optimizer is capturable or differentiable, or its learning rate is a tensor"
     if parameters is not None and {*map(id, group["params"])} != {*map(id, parameters)}:
         return "the optimizer has other parameters than the policy's"

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from sb3_ppo_from_scratch.engines.compiled.learning import CompiledLearner
 from sb3_ppo_from_scratch.engines.compiled.library import MAX_LAYERS, Layer, Update, kernel_reason, load_kernel
+from sb3_ppo_from_scratch.engines.inspection import adam_reason
 from sb3_ppo_from_scratch.engines.numpy_mlp.engine import NumpyEngine
 from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import BernoulliHead, CategoricalHead, Head
@@ -36,11 +37,15 @@ class CompiledEngine(NumpyEngine):
     @classmethod
     @override
     def unsupported_reason(cls, policy: ActorCriticPolicy) -> str | None:
-        if reason := super().unsupported_reason(policy) or kernel_reason():
+        if reason := super().unsupported_reason(policy) or adam_reason(policy.optimizer) or kernel_reason():
             return reason
         if isinstance(policy.action_dist, StateDependentNoiseDistribution):
             return "it computes no gSDE (use_sde=True)"
         return f"it takes at most {MAX_LAYERS} layers" if len(_layers(policy)) > MAX_LAYERS else None
+
+    @override
+    def objection(self) -> str | None:
+        return super().objection() or adam_reason(self.policy.optimizer)
 
     @override
     def _attach(self) -> None:
@@ -49,7 +54,7 @@ class CompiledEngine(NumpyEngine):
         self._update = Update(n_parameters=self.flat.size)
         self._describe_network(self._update)
         self._update.parameters, self._update.gradient = self.flat.vector.ctypes.data, self.flat.gradient.ctypes.data
-        for name, vector in self.adam.vectors.items():
+        for name, vector in self.optimizer.vectors.items():
             setattr(self._update, name, vector.ctypes.data)
 
     def _describe_network(self, update: Update) -> None:
@@ -69,7 +74,7 @@ class CompiledEngine(NumpyEngine):
     def learning(self, buffer: RolloutBuffer, config: UpdateConfig) -> Iterator[Learner[Any]]:
         self.begin_rollout()
         self.flat.publish_gradient()
-        yield CompiledLearner(buffer, config, self._kernel, self._update, self.adam, self.features)
+        yield CompiledLearner(buffer, config, self._kernel, self._update, self.optimizer, self.features)
 
 
 def _layers(policy: ActorCriticPolicy) -> list[tuple[int, nn.Linear, nn.Module | None]]:

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import is_ours, minibatch_source
 from sb3_ppo_from_scratch.engines.compiled.library import Kernel, Update
-from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, Features
+from sb3_ppo_from_scratch.engines.numpy_mlp.optimizers import FlatOptimizer
 from sb3_ppo_from_scratch.engines.replayed import ReplayedLearner, ReplayedMinibatch
 from sb3_ppo_from_scratch.update import UpdateConfig
 
@@ -42,7 +42,7 @@ class CompiledLearner(ReplayedLearner):
         config: UpdateConfig,
         kernel: Kernel,
         update: Update,
-        adam: FlatAdam,
+        adam: FlatOptimizer,
         features: Features,
     ):
         self.buffer, self.config = buffer, config
@@ -102,7 +102,7 @@ class CompiledLearner(ReplayedLearner):
         return list(map(ReplayedMinibatch.of, rows))
 
 
-def _set_coefficients(update: Update, config: UpdateConfig, adam: FlatAdam) -> None:
+def _set_coefficients(update: Update, config: UpdateConfig, adam: FlatOptimizer) -> None:
     update.normalize_advantage, update.raises = config.normalize_advantage, config.nan_policy == "raise"
     update.clips_values, update.clip_range_vf = config.clip_range_vf is not None, config.clip_range_vf or 0.0
     update.clip_range, update.kl_limit = config.clip_range, config.kl_limit

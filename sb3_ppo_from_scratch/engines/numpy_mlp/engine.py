@@ -33,7 +33,7 @@ from sb3_ppo_from_scratch.engines.base import Engine, PolicyStep
 from sb3_ppo_from_scratch.engines.inspection import Fingerprint, replaced_method
 from sb3_ppo_from_scratch.engines.numpy_mlp import support
 from sb3_ppo_from_scratch.engines.numpy_mlp.acting import Actor
-from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam, FlatParameters
+from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatParameters
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
     BernoulliHead,
     CategoricalHead,
@@ -46,6 +46,7 @@ from sb3_ppo_from_scratch.engines.numpy_mlp.heads import (
 from sb3_ppo_from_scratch.engines.numpy_mlp.learning import NumpyLearner
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Observations, arrays_of
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork, parameter_order
+from sb3_ppo_from_scratch.engines.numpy_mlp.optimizers import flat_optimizer
 from sb3_ppo_from_scratch.engines.numpy_mlp.threads import single_threaded
 from sb3_ppo_from_scratch.policies import takes_masks
 from sb3_ppo_from_scratch.recurrent import Memory
@@ -58,7 +59,7 @@ _ROWS = 256
 
 
 class NumpyEngine(Engine):
-    """Closed-form PPO for plain MLP policies with Adam, on one CPU thread."""
+    """Closed-form PPO for plain MLP policies with Adam or RMSprop, on one CPU thread."""
 
     name = "numpy"
     shares_minibatches = True
@@ -85,7 +86,7 @@ class NumpyEngine(Engine):
     @override
     def begin_rollout(self) -> None:
         known = self.is_unchanged() and self._optimizer is self.policy.optimizer
-        if not (known and self.flat.is_current() and self.adam.is_current()):
+        if not (known and self.flat.is_current() and self.optimizer.is_current()):
             self.release()
             self._attach()
         self._actor = None
@@ -104,7 +105,7 @@ class NumpyEngine(Engine):
     @override
     def release(self) -> None:
         self.flat.release()
-        self.adam.release()
+        self.optimizer.release()
 
     def _attach(self) -> None:
         """Lay the parameters and the optimizer's state side by side, and build the network on them."""
@@ -116,7 +117,7 @@ class NumpyEngine(Engine):
             order.append(policy.log_std)
         self.flat = FlatParameters(order)
         self._acted_with = self.flat.vector
-        self.adam = FlatAdam(policy.optimizer, self.flat)
+        self.optimizer = flat_optimizer(policy.optimizer, self.flat)
         self.network = ActorCriticNetwork(layers, self.flat)
         self._fingerprint = Fingerprint(policy)
         self.head = self._make_head()
@@ -227,7 +228,7 @@ class NumpyEngine(Engine):
         # numbers overflow in silence, as in torch
         with np.errstate(all="ignore"), single_threaded(config.batch_size * self.network.largest_layer):
             try:
-                yield NumpyLearner(buffer, config, self.network, self.head, self.adam, self.features)
+                yield NumpyLearner(buffer, config, self.network, self.head, self.optimizer, self.features)
             finally:
                 self.network.forget()
                 drop_graph(self._distribution)  # gSDE's matrices have one

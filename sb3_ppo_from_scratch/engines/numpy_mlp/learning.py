@@ -11,10 +11,10 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from typing_extensions import override
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, is_ours
-from sb3_ppo_from_scratch.engines.numpy_mlp.flat import FlatAdam
 from sb3_ppo_from_scratch.engines.numpy_mlp.heads import Head, forbidden, mask_out
 from sb3_ppo_from_scratch.engines.numpy_mlp.loss import Batch, Features, normalized, ppo_gradient
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import ActorCriticNetwork
+from sb3_ppo_from_scratch.engines.numpy_mlp.optimizers import FlatOptimizer
 from sb3_ppo_from_scratch.update import Gradient, Learner, UpdateConfig
 
 __all__ = ["NumpyLearner"]
@@ -22,13 +22,13 @@ __all__ = ["NumpyLearner"]
 
 class NumpyLearner(Learner[Batch]):
     """
-    The gradient into one flat vector, and Adam on it.
+    The gradient into one flat vector, and the optimizer's step along it.
 
     :param buffer: full
     :param config: the update's coefficients
     :param network: of the policy
     :param head: its action distribution
-    :param adam: its optimizer, on the vector that the network's parameters lie in
+    :param optimizer: its own, on the vector that the network's parameters lie in
     :param features: from observations ``[B, *obs_shape]`` to what the network takes, ``[B, n_features]``
     """
 
@@ -38,11 +38,11 @@ class NumpyLearner(Learner[Batch]):
         config: UpdateConfig,
         network: ActorCriticNetwork,
         head: Head,
-        adam: FlatAdam,
+        optimizer: FlatOptimizer,
         features: Features,
     ):
         self.buffer, self.config = buffer, config
-        self.network, self.head, self.adam, self.features = network, head, adam, features
+        self.network, self.head, self.optimizer, self.features = network, head, optimizer, features
         self._epochs = _Epochs(features, buffer) if is_ours(buffer) else None
         is_one = self._epochs is not None and self._epochs.data.size <= config.batch_size
         self._whole = self.prepared(self._epochs.data) if self._epochs is not None and is_one else None
@@ -86,7 +86,7 @@ class NumpyLearner(Learner[Batch]):
     @override
     def clip_gradient(self) -> float:
         """As torch does."""
-        gradient = self.adam.flat.gradient
+        gradient = self.optimizer.flat.gradient
         norm = math.sqrt(np.dot(gradient, gradient))
         scale = self.config.max_grad_norm / (norm + 1e-6)
         if scale < 1:
@@ -95,7 +95,7 @@ class NumpyLearner(Learner[Batch]):
 
     @override
     def step(self) -> None:
-        self.adam.step()
+        self.optimizer.step()
 
     @override
     def mean_kl(self, kl_terms: Sequence[Any]) -> float | None:

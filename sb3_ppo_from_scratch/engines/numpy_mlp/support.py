@@ -22,7 +22,14 @@ from torch import nn
 
 from sb3_ppo_from_scratch import losses
 from sb3_ppo_from_scratch.advantages import normalize_advantages
-from sb3_ppo_from_scratch.engines.inspection import adam_reason, modified_reason, parts_of_the_loss, replaced_method
+from sb3_ppo_from_scratch.engines.inspection import (
+    ADAM,
+    RMSPROP,
+    modified_reason,
+    parts_of_the_loss,
+    replaced_method,
+    step_reason,
+)
 from sb3_ppo_from_scratch.engines.numpy_mlp.network import Layers
 from sb3_ppo_from_scratch.policies import MASKABLE, SharedMlpExtractor, SharedMlpPolicy, imported
 from sb3_ppo_from_scratch.update import Loss, minibatch_loss
@@ -72,7 +79,7 @@ def optimizer_reason(optimizer: th.optim.Optimizer, parameters: Sequence[th.Tens
     :param optimizer: a policy's
     :param parameters: all of the policy's
     """
-    if reason := adam_reason(optimizer, parameters):
+    if reason := step_reason(optimizer, (*ADAM, *RMSPROP), parameters):
         return reason
     if not all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in parameters):
         return "some parameters are frozen, or have hooks"
