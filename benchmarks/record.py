@@ -16,6 +16,8 @@ from typing import Any
 
 import torch as th
 
+from benchmarks import AVX2_ONLY
+
 __all__ = ["RESULTS", "ROOT", "provenance", "save_result", "with_threads", "write_json"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +36,9 @@ def provenance(module: str, commit: str | None = None) -> dict[str, Any]:
     :return: commit (``-dirty`` if tracked files other than results differ from it, ``None`` if nobody knows), command,
         machine, and versions, of which those of packages that are not installed are ``None``
     """
+    variable = [f"{AVX2_ONLY}=1 "] if os.environ.get(AVX2_ONLY) == "1" else []
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": "".join(variable) + shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit() or commit,
         "machine": {
             "cpu": _cpu_model(),

@@ -148,6 +148,28 @@ def test_the_shells_choice_of_kernels_is_dropped() -> None:
     assert "Prescott" not in kernels[0]
 
 
+def test_measuring_as_without_avx512() -> None:
+    """Torch, OpenBLAS and the compiled kernel are asked what they use; the record's command says how it was measured."""
+    code = (
+        "import benchmarks, threadpoolctl, numpy, warnings\n"
+        "warnings.simplefilter('error')\n"
+        "from benchmarks.record import provenance\n"
+        "from sb3_ppo_from_scratch.engines.compiled.library import VARIABLE\n"
+        "import json, os\n"
+        "found = provenance('benchmarks.throughput')\n"
+        "blas = [each['architecture'] for each in threadpoolctl.threadpool_info() if each['internal_api'] == 'openblas']\n"
+        "print(json.dumps([found['machine']['instructions'], blas, os.environ[VARIABLE], found['command']]))"
+    )
+    if th.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("there is no AVX2 here")
+    environment = os.environ | {"BENCHMARK_AVX2": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    instructions, blas, kernel, command = json.loads(done.stdout)
+    assert (instructions, kernel) == ("AVX2", "avx2")
+    assert set(blas) <= {"Haswell"}
+    assert command.startswith("BENCHMARK_AVX2=1 python -m benchmarks.throughput")
+
+
 def tiny_breakout(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("atari")
     arguments = {**task.arguments, "n_steps": 4, "batch_size": 4, "n_epochs": 1}
