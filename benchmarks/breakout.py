@@ -99,6 +99,8 @@ class Journal(BaseCallback):
     :param games: for evaluations, with raw rewards
     """
 
+    is_bystander = True
+
     def __init__(
         self,
         path: Path,

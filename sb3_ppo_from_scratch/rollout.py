@@ -80,8 +80,9 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         """
         Step the environments with the current policy and fill the buffer, advantages and returns included.
 
-        The local variables keep SB3's names, for callbacks read them. Where there are none of the user's, an engine may leave
-        values and log-probabilities for after the rollout: ``values``, ``log_probs`` and ``obs_tensor`` are ``None``.
+        The local variables keep SB3's names, for callbacks read them. Where all are SB3's, the zoo's, ours or bystanders,
+        an engine may leave values and log-probabilities for after the rollout: ``values``, ``log_probs`` and
+        ``obs_tensor`` are ``None`` then.
 
         :param env: the training environments
         :param callback: called at every step, and before and after the rollout
@@ -196,7 +197,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
             return AtOnce(env)
         obstacles = {
             f"a {type(env).__name__} is around them: wrap each half instead": not isinstance(env, TwoHalves),
-            "a callback of your own may change the policy at each step": is_users,
+            "a callback of your own may change the policy at each step, for it has no is_bystander = True": is_users,
             "gSDE draws its noise for all environments": self.use_sde,
             "the policy takes masks": self._mask_source is not None,
             "the policy has a memory": is_recurrent(self.policy),
@@ -316,10 +317,11 @@ class RolloutAlgorithm(DataParallelAlgorithm):
 
 
 def holds_users_code(callback: BaseCallback) -> bool:
-    """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours."""
+    """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours, and no bystander."""
     return any(
         isinstance(each, ConvertCallback) or type(each).__module__.partition(".")[0] not in _HARMLESS
         for each in all_callbacks(callback)
+        if getattr(each, "is_bystander", False) is not True
     )
 
 

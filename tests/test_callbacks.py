@@ -202,6 +202,10 @@ def test_only_users_callbacks_are_watched() -> None:
     own = [CheckpointCallback(100, "."), EvalCallback(toy("discrete"))]
     assert not holds_users_code(CallbackList(own))
     assert holds_users_code(CallbackList([*own, Change(std, True)]))
+    bystander = Change(std, True)
+    bystander.is_bystander = True  # type: ignore[attr-defined]  # it says so
+    assert not holds_users_code(CallbackList([*own, bystander]))
+    assert holds_users_code(CallbackList([*own, bystander, Change(std, True)]))
     assert holds_users_code(EvalCallback(toy("discrete"), callback_after_eval=Change(std, True)))
     model = ScratchPPO("MlpPolicy", toy("discrete"), **SIZES)
     assert holds_users_code(model._init_callback(lambda local_variables, global_variables: True))

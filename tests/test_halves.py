@@ -17,6 +17,9 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopT
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
+from benchmarks import breakout
+from benchmarks.cases import Contestant
+from benchmarks.gpu.measure import measure_one
 from sb3_ppo_from_scratch import EnvFailedError, NonFiniteError, ResumableCheckpoint, ScratchPPO, ScratchRolloutBuffer
 from sb3_ppo_from_scratch.engines.cudagraph import support
 from sb3_ppo_from_scratch.engines.cudagraph.device_buffer import DeviceRolloutBuffer
@@ -26,6 +29,7 @@ from sb3_ppo_from_scratch.vec_env.stepping import AtOnce, Question
 from tests.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES
 from tests.helpers import BY_HAND, ToyEnv
 from tests.test_failing_envs import Failing
+from tests.test_gpu_benchmark import tiny_task
 
 SMALL: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
 FRAMES = gym.spaces.Box(0, 255, (2, 36, 36), np.uint8)
@@ -292,11 +296,42 @@ class Idle(BaseCallback):
         return True
 
 
+class Bystander(Idle):
+    is_bystander = True
+
+
+def test_a_bystander_changes_nothing() -> None:
+    env = Diary(toys(2), toys(2))
+    ScratchPPO("MlpPolicy", env, **SMALL).learn(32, Bystander())
+    assert env.lines == IN_TURN
+
+
+def test_the_benchmarks_step_the_halves_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their callbacks are bystanders."""
+    pytest.importorskip("ale_py")
+    lines: list[str] = []
+    send = TwoHalves.send
+    monkeypatch.setattr(
+        TwoHalves, "send", lambda self, index, actions: (lines.append(str(index)), send(self, index, actions))[1]
+    )
+    monkeypatch.setattr(TwoHalves, "step_async", None)
+    measure_one(Contestant("torch", "ale", halves=True), 2, 0.01, tiny_task(), "cpu")
+    assert lines[:4] == ["0", "1", "0", "1"]
+    monkeypatch.setattr(breakout, "load_task", lambda name: tiny_task())
+    arguments = ["--out", str(tmp_path), "--timesteps", "40", "--halves", "--final-episodes", "1", "--eval-episodes", "0"]
+    breakout.train_breakout(breakout.parse_options([*arguments, "--minutes", "0"]), tiny_task())
+
+
 @pytest.mark.parametrize(
     ("reason", "wrap", "callback", "kwargs"),
     [
         ("a VecMonitor is around them: wrap each half instead", VecMonitor, None, {}),
-        ("a callback of your own may change the policy at each step", lambda env: env, Idle, {}),
+        (
+            "a callback of your own may change the policy at each step, for it has no is_bystander = True",
+            lambda env: env,
+            Idle,
+            {},
+        ),
         ("gSDE draws its noise for all environments", lambda env: env, None, {"use_sde": True}),
     ],
 )
@@ -403,4 +438,25 @@ def test_halves_in_processes_say_that_their_state_is_not_saved(tmp_path: Path) -
     env = make()
     resumed = ScratchPPO.resume(tmp_path, env)
     resumed.learn(64, reset_num_timesteps=False)
+    env.close()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_whoever_closes_after_a_failure_hears_of_no_other(dies: bool) -> None:
+    """The other half is in the middle of a step, and its processes may have been ended."""
+    mode = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    first, second = AsyncVectorEnv([partial(Failing, at=5, dies=dies), Failing], **mode), AsyncVectorEnv([Failing] * 2, **mode)
+    env = TwoHalves(NativeVecEnv(first), NativeVecEnv(second))
+    with pytest.raises(EnvFailedError, match="environment 0"):
+        ScratchPPO("MlpPolicy", env, **SMALL).learn(64)
+    env.close()
+    assert first.closed
+    assert second.closed
+
+
+def test_games_may_be_closed_in_the_middle_of_a_step() -> None:
+    pytest.importorskip("ale_py")
+    env = make_native_atari_env("BreakoutNoFrameskip-v4", 2)
+    env.reset()
+    env.step_async(np.zeros(2, int))
     env.close()

@@ -71,6 +71,8 @@ class Stopwatch(BaseCallback):
     :param seconds: from the first step on; at least two iterations are completed
     """
 
+    is_bystander = True
+
     def __init__(self, seconds: float):
         super().__init__()
         self.seconds = seconds

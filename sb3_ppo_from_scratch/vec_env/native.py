@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import warnings
@@ -230,7 +231,8 @@ class NativeVecEnv(VecEnv):
 
     def close(self) -> None:
         """Close the environment and the file."""
-        self._settle()
+        with contextlib.suppress(Exception):  # of processes that have ended, in the middle of a step
+            self._settle()
         if self._results_writer is not None:
             self._results_writer.close()
         self.env.close()
