@@ -67,6 +67,8 @@ class Evaluations(BaseCallback):
     :param tell: is called with the timesteps and the mean return of each evaluation
     """
 
+    is_bystander = True
+
     def __init__(self, entry: Entry, timesteps: int, tell: Callable[[int, float], None]):
         super().__init__()
         self.tell = tell
