@@ -707,6 +707,7 @@ def test_a_compiled_loss_is_the_same(kind: str, actions: str, backend: str, monk
     ours = Updated(reference=False, configs=configs, kind=kind, actions=actions)
     assert_same_updates(ours, theirs)
     assert compiled == ["measure"], "once for both updates"
+    assert th.distributions.Distribution._validate_args, "torch's compiler turns it off for everybody"
 
 
 def test_the_loss_is_compiled_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,8 @@ class GraphLearner:
         self.distribution = make_proba_distribution(policy.action_space)
         if isinstance(self.distribution, MultiCategoricalDistribution):  # Python's numbers are what a compiler knows
             self.distribution.action_dims = [int(size) for size in self.distribution.action_dims]
-        self._measure = self.measure if compiled is None else compiled(self.measure)
+        with UncheckedDistributions():  # torch's compiler leaves them unchecked for the whole process
+            self._measure = self.measure if compiled is None else compiled(self.measure)
         self._minibatch = Captured(self.step, device)
         self._is_ready = False
 
