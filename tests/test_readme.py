@@ -78,10 +78,15 @@ def test_whether_the_fast_path_is_equal() -> None:
     assert tables.learned("Catch", load_records(RESULTS / "compare")["Catch"]) in WORDS
 
 
-def test_speeds_are_those_measured() -> None:
+@pytest.mark.parametrize("name", ["throughput", "throughput_avx2"])
+def test_speeds_are_those_measured(name: str) -> None:
     """Every row of the table; medians over at least five rounds, and memory no higher than SB3's where the README says so."""
-    record = json.loads((RESULTS / "throughput.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert throughput.summary(record) in TEXT
+    if name == "throughput_avx2":
+        origins = [case["origin"] for case in record["cases"].values()]
+        assert {origin["machine"]["instructions"] for origin in origins} == {"AVX2"}
+        assert all(origin["command"].startswith("BENCHMARK_AVX2=1 ") for origin in origins)
     for case in record["cases"].values():
         origin = case["origin"]
         assert origin["pairs"] >= 5
