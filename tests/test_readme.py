@@ -132,7 +132,7 @@ def test_the_front_page_has_the_figures_of_the_records() -> None:
     zoo = speed("cartpole_zoo", "compiled", envs="dummy")
     assert f"**{zoo} times as fast as SB3's PPO**" in README
     watched = json.loads((RESULTS / "cartpole.json").read_text(encoding="utf-8"))["sides"]["fast"]["ratio"]["median"]
-    assert f"and {watched:.1f} times where a callback of yours looks at every step" in WORDS
+    assert f"and {watched:.1f} times in `make cartpole`" in WORDS
     # beside SB3's PPO, sb3-contrib, SBX, CleanRL
     for row, figures in {
         "CartPole-v1, training speed": (zoo, "1", "", speed("cartpole_zoo", "sbx"), ""),
