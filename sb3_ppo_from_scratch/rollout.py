@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_ppo_from_scratch.buffer import ScratchRolloutBuffer, rates_later
@@ -196,6 +196,7 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         if not halves_of(env):
             return AtOnce(env)
         obstacles = {
+            "VecNormalize takes its statistics from all environments": isinstance(env, VecNormalize),
             f"a {type(env).__name__} is around them: wrap each half instead": not isinstance(env, TwoHalves),
             "a callback of your own may change the policy at each step, for it has no is_bystander = True": is_users,
             "gSDE draws its noise for all environments": self.use_sde,

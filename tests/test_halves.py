@@ -326,6 +326,7 @@ def test_the_benchmarks_step_the_halves_in_turn(tmp_path: Path, monkeypatch: pyt
     ("reason", "wrap", "callback", "kwargs"),
     [
         ("a VecMonitor is around them: wrap each half instead", VecMonitor, None, {}),
+        ("VecNormalize takes its statistics from all environments", VecNormalize, None, {}),
         (
             "a callback of your own may change the policy at each step, for it has no is_bystander = True",
             lambda env: env,
@@ -342,7 +343,8 @@ def test_what_forbids_it_is_said_once(reason: str, wrap: Any, callback: Any, kwa
     model.learn(64, callback and callback())
     assert env.lines == AT_ONCE * 2
     assert capsys.readouterr().out.count(f"Stepping both halves of the environments at once: {reason}\n") == 1
-    plain = ScratchPPO("MlpPolicy", toys(4, actions=actions), **{**SMALL, **kwargs}, engine="torch").learn(64)
+    whole = wrap(toys(4, actions=actions))
+    plain = ScratchPPO("MlpPolicy", whole, **{**SMALL, **kwargs}, engine="torch").learn(64)
     assert_same_weights(model, plain)
 
 
