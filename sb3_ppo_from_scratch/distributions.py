@@ -22,7 +22,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
-from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 __all__ = [
@@ -155,7 +155,10 @@ def exact_kl(distribution: Distribution, old: th.Tensor, new: th.Tensor) -> th.T
         return (th.sigmoid(old) * (old - new) + F.softplus(new) - F.softplus(old)).sum(dim=1)
     if isinstance(distribution, DiagGaussianDistribution | StateDependentNoiseDistribution):
         (old_mean, old_log_std), (new_mean, new_log_std) = old.chunk(2, dim=1), new.chunk(2, dim=1)
-        return kl_divergence(Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())).sum(dim=1)
+        # term by term as torch's kl_divergence, whose search for the right function cannot be compiled
+        old_std, new_std = old_log_std.exp(), new_log_std.exp()
+        ratio, shift = (old_std / new_std).pow(2), ((old_mean - new_mean) / new_std).pow(2)
+        return (0.5 * (ratio + shift - 1 - ratio.log())).sum(dim=1)
     raise TypeError(f"distribution must be one of SB3's built-in ones, not {type(distribution).__name__}")
 
 

@@ -7,6 +7,8 @@ What needs a GPU is in ``test_cuda.py``.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -728,3 +730,29 @@ def test_observations_go_straight_into_the_graphs_input() -> None:
         assert engine._player.obs is brought
         expected = policy.predict_values(th.as_tensor(each))
         th.testing.assert_close(step.values, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_is_compiled_for_as_many_sizes_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo compiles one function eight times, and then no more."""
+    real = th.compile
+    monkeypatch.setattr(CudaGraphEngine, "fuses_loss", True)
+    monkeypatch.setattr(th, "compile", lambda function, **options: real(function, **options, backend="aot_eager"))
+    for batch_size in range(4, 14):
+        Updated(reference=False, configs=[update_config(batch_size=batch_size)])
+
+
+ALONE = """
+import torch as th
+import gymnasium as gym
+from sb3_ppo_from_scratch import ScratchPPO
+from sb3_ppo_from_scratch.engines.cudagraph import CudaGraphEngine, support
+support.device_reason, CudaGraphEngine.fuses_loss, compiled = (lambda policy: None), True, th.compile
+th.compile = lambda function, **options: compiled(function, **options, backend="aot_eager")
+ScratchPPO("MlpPolicy", gym.make("Pendulum-v1"), engine="cudagraph", n_steps=8, batch_size=8, device="cpu").learn(16)
+"""
+
+
+def test_a_gaussians_loss_is_compiled_by_a_process_that_has_never_taken_its_kl() -> None:
+    """Torch's ``kl_divergence`` looks for the right function at the first call, in a way that cannot be compiled."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -462,3 +462,182 @@ def test_games_may_be_closed_in_the_middle_of_a_step() -> None:
     env.reset()
     env.step_async(np.zeros(2, int))
     env.close()
+
+
+# ------------------------------------------------------------------ what a tester found
+
+
+class Changing(gym.Wrapper):
+    """CartPole whose steps show integers after a reset's floats; ``SubprocVecEnv`` passes on what comes."""
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        return (1000 * obs).astype(np.int64), *rest
+
+
+@pytest.mark.parametrize("engine", ["torch", *BY_HAND])
+def test_steps_of_another_type_are_rated_too(engine: str) -> None:
+    def make(n_envs: int) -> VecEnv:
+        return SubprocVecEnv([lambda: Monitor(Changing(gym.make("CartPole-v1")))] * n_envs, "fork")
+
+    env = TwoHalves(make(2), make(2))
+    model = ScratchPPO("MlpPolicy", env, **SMALL, engine=engine).learn(32)
+    env.close()
+    assert isinstance(model.rollout_buffer, ScratchRolloutBuffer)
+    assert not model.rollout_buffer.unrated.any()
+    assert (model.rollout_buffer.log_probs != 0).all()
+    assert (model.rollout_buffer.values != 0).all()
+
+
+class Asking(Bystander):
+    """Asks the environments in the middle of a rollout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[list[int]] = []
+
+    def _on_step(self) -> bool:
+        self.answers.append(self.training_env.get_attr("length"))
+        return True
+
+
+@pytest.mark.parametrize("kind", ["dummy", "subproc", "async"])
+def test_environments_that_play_finish_before_they_answer(kind: str) -> None:
+    """No step is lost or taken twice."""
+    fns = [lambda: ToyEnv(deepcopy(BOX), ACTION_SPACES["discrete"], length=9)] * 2
+
+    def make() -> VecEnv:
+        if kind == "async":
+            return NativeVecEnv(AsyncVectorEnv(fns, autoreset_mode=AutoresetMode.SAME_STEP))
+        return DummyVecEnv(fns) if kind == "dummy" else SubprocVecEnv(fns, "fork")
+
+    asking, models = Asking(), []
+    for callback in (asking, Bystander()):
+        env = TwoHalves(make(), make())
+        models.append(ScratchPPO("MlpPolicy", env, **SMALL, engine="torch").learn(64, callback))
+        env.close()
+    assert asking.answers == [[9] * 4] * 16
+    assert_same_weights(*models)
+
+
+class FailsInReset(ToyEnv):
+    def reset(self, **kwargs: Any) -> Any:
+        raise LookupError("no such level")
+
+
+@pytest.mark.parametrize("kind", ["dummy", "subproc"])
+def test_a_failure_in_a_reset_has_its_environments_number(kind: str) -> None:
+    def make(*classes: Any) -> VecEnv:
+        fns = [partial(each, deepcopy(BOX), ACTION_SPACES["discrete"]) for each in classes]
+        return DummyVecEnv(fns) if kind == "dummy" else SubprocVecEnv(fns, "fork")
+
+    env = TwoHalves(make(ToyEnv, ToyEnv), make(ToyEnv, FailsInReset))
+    with pytest.raises(EnvFailedError, match="environment 3") as failed:
+        ScratchPPO("MlpPolicy", env, **SMALL).learn(64)
+    assert failed.value.env_index == 3
+    assert "no such level" in str(failed.value)
+    env.close()
+
+
+def test_nested_halves_know_their_reset_rows() -> None:
+    env = TwoHalves(TwoHalves(cartpoles(1), cartpoles(1)), TwoHalves(cartpoles(1), cartpoles(1)))
+    assert env.has_reset_rows
+    assert_same_steps(env, cartpoles(4), 120)
+
+
+class Counting(ToyEnv):
+    calls = 0
+
+    def call(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+def test_indices_are_those_of_any_vec_env() -> None:
+    fns = [lambda: Counting(deepcopy(BOX), ACTION_SPACES["discrete"])] * 2
+    env = TwoHalves(DummyVecEnv(fns), DummyVecEnv(fns))
+    assert env.env_method("call", indices=[3, 0, 3]) == [1, 1, 2]
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            env.get_attr("calls", [index])
+        with pytest.raises(IndexError):
+            env.set_attr("calls", 0, [index])
+
+
+@pytest.mark.parametrize("backend", ["ale", "envpool"])
+@pytest.mark.parametrize("halved", [False, True])
+def test_ctrl_c_as_a_step_begins_is_survived(backend: str, halved: bool) -> None:
+    """Python raises as ``send`` returns; the step has begun, and must not begin again, which would end the process."""
+    pytest.importorskip("envpool" if backend == "envpool" else "ale_py")
+    make = partial(make_native_atari_env, "BreakoutNoFrameskip-v4", backend=backend)
+    env = TwoHalves(make(1), make(1)) if halved else make(2)
+    model = ScratchPPO("CnnPolicy", env, **SMALL).learn(32)
+    games: Any = (env.halves[0] if isinstance(env, TwoHalves) else env).env  # type: ignore[attr-defined]  # native
+    send, calls = games.send, []
+
+    def interrupted(actions: np.ndarray) -> None:
+        send(actions)
+        calls.append(1)
+        if len(calls) == 3:
+            del games.send
+            raise KeyboardInterrupt
+
+    games.send = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(64, reset_num_timesteps=False)
+    model.learn(64)
+    env.close()
+
+
+def test_who_could_not_be_sent_does_not_play() -> None:
+    env = TwoHalves(cartpoles(2), cartpoles(2))
+    env.reset()
+    with pytest.raises(ValueError, match="left"):
+        env.step_async(np.array(["left"] * 4))
+    assert env.step(np.zeros(4, int))[0].shape == (4, 4)
+
+
+class Stuck(VecEnvWrapper):
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def close(self) -> None:
+        raise OSError("stuck")
+
+
+def test_both_halves_are_closed_where_one_cannot_be() -> None:
+    second = SubprocVecEnv([Failing] * 2, "fork")
+    with pytest.raises(OSError, match="stuck"):
+        TwoHalves(Stuck(DummyVecEnv([Failing] * 2)), second).close()
+    assert second.closed
+
+
+class ReusedInfos(VecEnvWrapper):
+    """Plays as soon as it is sent, and hands out the same infos and final observations for ever."""
+
+    def reset(self) -> Any:
+        obs: Any = self.venv.reset()
+        self.infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        self.finals = np.zeros_like(obs)
+        return obs
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.venv.step_async(actions)
+        self.obs, self.rewards, self.dones, infos = self.venv.step_wait()
+        for row, (kept, info) in enumerate(zip(self.infos, infos, strict=True)):
+            kept.clear()
+            kept.update(info)
+            self.finals[row] = info.get("terminal_observation", -1.0)
+            if "terminal_observation" in info:
+                kept["terminal_observation"] = self.finals[row]
+
+    def step_wait(self) -> Any:
+        return self.obs, self.rewards, self.dones, self.infos
+
+
+def test_infos_and_final_observations_stay_as_they_were() -> None:
+    env = TwoHalves(ReusedInfos(toys(2)), ReusedInfos(toys(2)))
+    assert_same_training("MlpPolicy", env, toys(4), engine="torch")

@@ -140,7 +140,11 @@ def _failed_half(frames: list[FrameType]) -> tuple[VecEnv | None, int]:
     """The half of a :class:`TwoHalves` that failed, if it was one, and which of all environments is its first."""
     for frame in frames:
         whole, index = frame.f_locals.get("self"), frame.f_locals.get("index")
-        if isinstance(whole, TwoHalves) and isinstance(index, int) and frame.f_code.co_name in ("send", "receive"):
+        if (
+            isinstance(whole, TwoHalves)
+            and isinstance(index, int)
+            and frame.f_code.co_name in ("send", "receive", "_reset_half")
+        ):
             return whole.halves[index], whole.rows[index].start
     return None, 0
 

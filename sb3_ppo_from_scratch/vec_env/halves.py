@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard
+from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
 from sb3_ppo_from_scratch.vec_env.native import NativeVecEnv
 
 __all__ = ["TwoHalves", "halves_of", "joined", "joined_step"]
@@ -49,6 +50,7 @@ class TwoHalves(VecEnv):
             if getattr(first, name) != getattr(second, name):
                 raise ValueError(f"second must have first's {name}, {getattr(first, name)}, not {getattr(second, name)}")
         self._is_playing = [False, False]
+        self._received: list[VecEnvStepReturn | None] = [None, None]
         self._guards = [ObservationGuard(), ObservationGuard()]
         super().__init__(2 * first.num_envs, first.observation_space, first.action_space)
 
@@ -63,10 +65,13 @@ class TwoHalves(VecEnv):
     def reset(self) -> VecEnvObs:
         """:return: first observations, ``[n_envs, *obs_shape]`` or a dict of such"""
         self.settle()
-        obs = [half.reset() for half in self.halves]
+        obs = [self._reset_half(index) for index in range(2)]
         self._guards = [ObservationGuard(), ObservationGuard()]
         self._gather_reset_infos()
         return joined([guard(part) for guard, part in zip(self._guards, obs, strict=True)])
+
+    def _reset_half(self, index: int) -> VecEnvObs:
+        return self.halves[index].reset()
 
     def step_async(self, actions: np.ndarray) -> None:
         """:param actions: ``[n_envs, *action_shape]``"""
@@ -85,8 +90,12 @@ class TwoHalves(VecEnv):
         :param index: 0 or 1
         :param actions: ``[n_envs / 2, *action_shape]``
         """
-        self.halves[index].step_async(actions)
-        self._is_playing[index] = True
+        self._is_playing[index] = True  # before it is, for Ctrl-C may come in between
+        try:
+            self.halves[index].step_async(actions)
+        except Exception:
+            self._is_playing[index] = False
+            raise
 
     def receive(self, index: int) -> VecEnvStepReturn:
         """
@@ -96,9 +105,19 @@ class TwoHalves(VecEnv):
             they take the next step
         """
         self._is_playing[index] = False  # whatever comes of it
+        received, self._received[index] = self._received[index], None
+        if received is not None:
+            return received
         obs, rewards, dones, infos = self.halves[index].step_wait()
         self._gather_reset_infos()
-        return self._guards[index](obs), rewards.copy(), dones.copy(), infos
+        return self._guards[index](obs), rewards.copy(), dones.copy(), [_kept(info) for info in infos]
+
+    def _pause(self) -> None:
+        """Let both halves finish their steps, which are kept for who waits for them: who plays cannot answer."""
+        for index in range(2):
+            if self._is_playing[index]:
+                self._received[index] = self.receive(index)
+                self._is_playing[index] = True
 
     def settle(self) -> None:
         """Wait for what is still being played, for nobody: a training was ended in the middle of a rollout."""
@@ -108,6 +127,13 @@ class TwoHalves(VecEnv):
 
     def _gather_reset_infos(self) -> None:
         self.reset_infos = [info for half in self.halves for info in half.reset_infos]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether nobody knows how much of the answers of a ``SubprocVecEnv`` has been read: after Ctrl-C amid them."""
+        awaited = (playing and got is None for playing, got in zip(self._is_playing, self._received, strict=True))
+        waiting = (getattr(half.unwrapped, "waiting", None) for half in self.halves)
+        return any(is_one is not None and is_one != ours for is_one, ours in zip(waiting, awaited, strict=True))
 
     # ---------------------------------------------------------- reset rows
 
@@ -148,9 +174,10 @@ class TwoHalves(VecEnv):
         self._reset_options()
 
     def close(self) -> None:
-        """Close both."""
-        for half in self.halves:
-            half.close()
+        """Close both, the second also where the first cannot be."""
+        with contextlib.ExitStack() as both:
+            for half in self.halves:
+                both.callback(half.close)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of each environment."""
@@ -170,18 +197,19 @@ class TwoHalves(VecEnv):
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """One picture per environment."""
+        self._pause()
         return [image for half in self.halves for image in half.get_images()]
 
     def _of_each(self, indices: VecEnvIndices, question: Callable[[VecEnv, list[int]], Sequence[Any]]) -> list[Any]:
         """The halves' answers for some of their environments, in the order that was asked for."""
+        self._pause()
         n = self.num_envs // 2
-        answers: dict[int, Any] = {}
-        wanted = [index % self.num_envs for index in self._get_indices(indices)]
+        wanted = [range(self.num_envs)[index] for index in self._get_indices(indices)]  # an error for one that is not there
+        answers = []
         for number, half in enumerate(self.halves):
-            own = sorted({index for index in wanted if index // n == number})
-            if own:
-                answers.update(zip(own, question(half, [index - number * n for index in own]), strict=True))
-        return [answers[index] for index in wanted]
+            own = [index % n for index in wanted if index // n == number]
+            answers.append(iter(question(half, own) if own else ()))
+        return [next(answers[index // n]) for index in wanted]
 
 
 def halves_of(env: VecEnv) -> tuple[VecEnv, ...]:
@@ -208,4 +236,10 @@ def _levels(env: VecEnv) -> list[VecEnv]:
 
 
 def _has_reset_rows(half: VecEnv) -> bool:
-    return isinstance(half.unwrapped, NativeVecEnv) and half.unwrapped.has_reset_rows
+    return isinstance(half.unwrapped, NativeVecEnv | TwoHalves) and half.unwrapped.has_reset_rows
+
+
+def _kept(info: dict[str, Any]) -> dict[str, Any]:
+    """A copy that its maker does not write into."""
+    final = info.get("terminal_observation")
+    return dict(info) if final is None else {**info, "terminal_observation": own_copy(final)}

@@ -133,9 +133,14 @@ class NativeVecEnv(VecEnv):
 
     def _begin_step(self, actions: np.ndarray) -> None:
         self._actions = actions
-        if (parts := _parts_of_step(self.env)) is not None:
+        if (parts := _parts_of_step(self.env)) is None:
+            return
+        self._is_playing = True  # before it is: Ctrl-C may come in between, and a step sent twice ends the process
+        try:
             getattr(self.env, parts[0])(actions)
-            self._is_playing = True
+        except Exception:
+            self._is_playing = False
+            raise
 
     def _end_step(self) -> Any:
         """What the environment's ``step`` returns."""
