@@ -322,7 +322,7 @@ def holds_users_code(callback: BaseCallback) -> bool:
     """Whether some callback may change the policy: one that is neither SB3's, the zoo's nor ours, and no bystander."""
     return any(
         isinstance(each, ConvertCallback) or type(each).__module__.partition(".")[0] not in _HARMLESS
-        for each in all_callbacks(callback)
+        for each in all_callbacks(callback, with_lists=True)
         if getattr(each, "is_bystander", False) is not True
     )
 

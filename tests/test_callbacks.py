@@ -197,11 +197,29 @@ def test_an_activations_slope_may_change() -> None:
     th.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
 
 
+class OwnList(CallbackList):
+    """Of the user's, which does more than call its members."""
+
+    def _on_step(self) -> bool:
+        with th.no_grad():
+            for parameter in self.model.policy.parameters():
+                parameter.mul_(0.9)
+        return super()._on_step()
+
+
+def test_a_list_may_change_the_policy() -> None:
+    ends = []
+    for algorithm in (PPO, ScratchPPO):
+        ends.append(vector(algorithm("MlpPolicy", toy("discrete"), **SIZES).learn(96, callback=OwnList([]))))
+    th.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
+
+
 def test_only_users_callbacks_are_watched() -> None:
     """The check after each step costs some microseconds, which SB3's own callbacks need not pay."""
     own = [CheckpointCallback(100, "."), EvalCallback(toy("discrete"))]
     assert not holds_users_code(CallbackList(own))
     assert holds_users_code(CallbackList([*own, Change(std, True)]))
+    assert holds_users_code(CallbackList([OwnList([])])), "a list of the user's may do more than call its members"
     bystander = Change(std, True)
     bystander.is_bystander = True  # type: ignore[attr-defined]  # it says so
     assert not holds_users_code(CallbackList([*own, bystander]))

@@ -43,18 +43,18 @@ _NO_STATE = (type, ModuleType, BuiltinFunctionType, BaseCallback, BaseAlgorithm,
 # ------------------------------------------------------- which there are
 
 
-def all_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """Every callback in a tree of them, but for the lists."""
+def all_callbacks(callback: BaseCallback, with_lists: bool = False) -> Iterator[BaseCallback]:
+    """Every callback in a tree of them, but for the lists, unless they are wanted, too."""
     children: list[BaseCallback | None] = []
     if isinstance(callback, CallbackList):
         children += callback.callbacks
-    else:
+    if with_lists or not isinstance(callback, CallbackList):
         yield callback
     if isinstance(callback, EventCallback):
         children += [callback.callback, getattr(callback, "callback_on_new_best", None)]
     for child in children:
         if child is not None:
-            yield from all_callbacks(child)
+            yield from all_callbacks(child, with_lists)
 
 
 def named_callbacks(callback: BaseCallback) -> Iterator[tuple[tuple[str, int], BaseCallback]]:
