@@ -36,9 +36,9 @@ def provenance(module: str, commit: str | None = None) -> dict[str, Any]:
     :return: commit (``-dirty`` if tracked files other than results differ from it, ``None`` if nobody knows), command,
         machine, and versions, of which those of packages that are not installed are ``None``
     """
-    variable = [f"{AVX2_ONLY}=1 "] if os.environ.get(AVX2_ONLY) == "1" else []
+    variable = f"{AVX2_ONLY}=1 " if os.environ.get(AVX2_ONLY) == "1" else ""
     return {
-        "command": "".join(variable) + shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": variable + shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit() or commit,
         "machine": {
             "cpu": _cpu_model(),

@@ -124,11 +124,11 @@ class RolloutAlgorithm(DataParallelAlgorithm):
                 self.policy.reset_noise(env.num_envs)
             action_masks = None if masks is None else masks(self._last_obs, self._last_action_masks, n_steps)
             with_masks = mask_argument(action_masks)
-            later = may_defer and engine.defers and ours is not None and ours.keeps(self._last_obs)
-            keeps = ours.keeps if ours is not None and may_defer and engine.defers and not is_users else None  # nobody looks
-            question = partial(self._answer, engine, observe, keeps, with_masks=with_masks, memory=memory)
+            keeps = ours.keeps if ours is not None and may_defer and engine.defers else None
+            briefly_if = None if is_users else keeps  # nobody looks
+            question = partial(self._answer, engine, observe, briefly_if, with_masks=with_masks, memory=memory)
             obs_tensor, (actions, values, log_probs, dist_params, after) = turns.answer(self._last_obs, question)
-            later = later or values is None
+            later = values is None or (keeps is not None and keeps(self._last_obs))
             clipped_actions = to_env_actions(actions, self.action_space, self.policy)
             check.before_step()
             new_obs, rewards, dones, infos = turns.step(clipped_actions, is_last=n_steps + 1 == n_rollout_steps)
@@ -216,13 +216,13 @@ class RolloutAlgorithm(DataParallelAlgorithm):
         self,
         engine: Engine,
         observe: Callable[[Any], Any],
-        keeps: Callable[[Any], bool] | None,
+        briefly_if: Callable[[Any], bool] | None,
         obs: Any,
         with_masks: dict[str, Any],
         memory: Memory | None,
     ) -> tuple[Any, Answer]:
-        """What the policy sees of observations, and what it says; only its actions where the buffer ``keeps`` what it saw."""
-        if keeps is not None and keeps(obs):
+        """What the policy sees of observations, and what it says; of some that may be only its actions."""
+        if briefly_if is not None and briefly_if(obs):
             return None, (self._ask(partial(engine.sample_actions, **with_masks), obs, obs), None, None, None, None)
         obs_tensor = observe(obs)
         return obs_tensor, self._ask(partial(engine.act, **with_masks), obs, obs_tensor, memory)

@@ -33,6 +33,7 @@ from sb3_ppo_from_scratch.errors import UnsafeFileError
 from sb3_ppo_from_scratch.safe_files.refusal import shown
 from sb3_ppo_from_scratch.safe_files.table import Call
 from sb3_ppo_from_scratch.safe_files.unpickler import errors_named, safe_loads
+from sb3_ppo_from_scratch.vec_env.halves import TwoHalves
 
 __all__ = [
     "CannotCaptureError",
@@ -61,7 +62,6 @@ _PIPES = frozenset({"remotes", "work_remotes", "processes"})
 _INFOS = frozenset(
     {"buf_infos", "reset_infos", "kept_infos"}
 )  # of the last step; they may hold anything, and nothing follows from them
-_NOTHING = object()
 _ANCHOR = (__name__, "_anchor")
 _IN_PLACE = re.compile(r"sb3_ppo_from_scratch\.vec_env\.\w+\.(_\w+|Lean\w+|WatchedSubprocVecEnv)$")
 
@@ -165,7 +165,8 @@ def _has_state(level: Any, name: str, value: Any) -> bool:
         or isinstance(value, _NO_STATE)
         or bool(inner_worlds(value))
         or (isinstance(level, SubprocVecEnv) and name in _PIPES)
-        or (isinstance(level, VecEnv) and (name in _INFOS or value is getattr(level, "halves", _NOTHING)))
+        or (isinstance(level, TwoHalves) and name == "halves")
+        or (isinstance(level, VecEnv) and name in _INFOS)
         or type(value).__module__.partition(".")[0] == "pygame"
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_ppo_from_scratch.vec_env.memory import ObservationGuard, own_copy
@@ -23,8 +24,8 @@ class TwoHalves(VecEnv):
 
     To SB3 it is the ``VecEnv`` of all of them. ``ScratchPPO`` takes the halves in turn: as soon as one has made its step it
     gets its next actions, and plays on while the policy answers the other. The data are those of the same policy; only the
-    order of random draws is another. It pays where environments play in threads or processes of their own (ALE's and EnvPool's
-    games, ``SubprocVecEnv``, ``AsyncVectorEnv``) and the policy's answer takes about as long as they do, on a GPU above all.
+    order of random draws is another. It is for environments that play in threads or processes of their own (ALE's and
+    EnvPool's games, ``SubprocVecEnv``, ``AsyncVectorEnv``), and pays the more, the nearer the policy's time is to theirs.
 
     It is to be the outermost ``VecEnv``; wrappers go around each half::
 
@@ -42,7 +43,7 @@ class TwoHalves(VecEnv):
         for name, half in zip(("first", "second"), self.halves, strict=True):
             if not isinstance(half, VecEnv):
                 raise TypeError(f"{name} must be a VecEnv, not {type(half).__name__}")
-            if any(isinstance(level, VecNormalize) for level in _levels(half)):
+            if unwrap_vec_normalize(half) is not None:
                 raise ValueError(f"{name} must not be inside a VecNormalize, whose statistics would be of its half only")
         if first is second:
             raise ValueError("second must not be the same object as first")
@@ -218,21 +219,16 @@ def halves_of(env: VecEnv) -> tuple[VecEnv, ...]:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Observations of both halves: ``[n_envs, *obs_shape]``, or a dict of such."""
+    """What both halves have, ``[n_envs, ...]``: arrays, tensors, or dicts of such."""
     if isinstance(parts[0], dict):
         return {key: joined([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)
+    return th.cat(list(parts)) if isinstance(parts[0], th.Tensor) else np.concatenate(parts)
 
 
 def joined_step(steps: Sequence[VecEnvStepReturn]) -> VecEnvStepReturn:
     """The steps of both halves as one."""
     obs, rewards, dones, infos = zip(*steps, strict=True)
     return joined(obs), np.concatenate(rewards), np.concatenate(dones), [info for half in infos for info in half]
-
-
-def _levels(env: VecEnv) -> list[VecEnv]:
-    """The wrappers of a ``VecEnv``, and the one that they wrap."""
-    return [env, *_levels(env.venv)] if isinstance(env, VecEnvWrapper) else [env]
 
 
 def _has_reset_rows(half: VecEnv) -> bool:

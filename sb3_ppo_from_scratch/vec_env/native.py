@@ -129,15 +129,12 @@ class NativeVecEnv(VecEnv):
 
         :param actions: ``[n_envs, *action_shape]``
         """
-        self._begin_step(np.asarray(actions, dtype=self.action_space.dtype))
-
-    def _begin_step(self, actions: np.ndarray) -> None:
-        self._actions = actions
+        self._actions = np.asarray(actions, dtype=self.action_space.dtype)
         if (parts := _parts_of_step(self.env)) is None:
             return
         self._is_playing = True  # before it is: Ctrl-C may come in between, and a step sent twice ends the process
         try:
-            getattr(self.env, parts[0])(actions)
+            getattr(self.env, parts[0])(self._actions)
         except Exception:
             self._is_playing = False
             raise

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_ppo_from_scratch.errors import NonFiniteError
-from sb3_ppo_from_scratch.vec_env.halves import TwoHalves, joined_step
+from sb3_ppo_from_scratch.vec_env.halves import TwoHalves, joined, joined_step
 
 __all__ = ["Answer", "AtOnce", "InTurn", "Question"]
 
@@ -128,9 +127,5 @@ def _clone(seen: Any) -> Any:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Of both halves; ``None`` if one of them is."""
-    if any(part is None for part in parts):
-        return None
-    if isinstance(parts[0], dict):
-        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
-    return th.cat(list(parts)) if isinstance(parts[0], th.Tensor) else np.concatenate(parts)
+    """:func:`joined`; ``None`` if one of them is."""
+    return None if any(part is None for part in parts) else joined(parts)

@@ -116,8 +116,8 @@ class CudaGraphEngine(HeadsEngine):
         if self._learner is None or self._learner.key != GraphLearner.key_of(self.policy, buffer, config):
             self._learner = None
             gc.collect()  # it holds itself in circles, and a graph's memory is large
-            compiled = partial(th.compile, fullgraph=True, dynamic=False) if self.fuses_loss else None
-            self._learner = GraphLearner(self.policy, self.heads, buffer, config, compiled)
+            compiler = partial(th.compile, fullgraph=True, dynamic=False) if self.fuses_loss else None
+            self._learner = GraphLearner(self.policy, self.heads, buffer, config, compiler)
         with self._learner.replayed(config) as update:
             yield update
 

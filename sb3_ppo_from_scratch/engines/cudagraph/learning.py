@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import MultiCategoricalDistribution, make_proba_distribution
+from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution, make_proba_distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from typing_extensions import override
 
@@ -92,7 +92,7 @@ class GraphLearner:
     :param heads: the policy's networks
     :param buffer: holds every rollout
     :param config: for the sizes, and for what is there at all; coefficients may change from update to update
-    :param compiled: makes :meth:`measure` faster, ``torch.compile`` or the like; ``None`` to take it as it is
+    :param compiler: makes what follows the network faster, ``torch.compile`` or the like; ``None`` to take it as it is
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GraphLearner:
         heads: Heads,
         buffer: DeviceRolloutBuffer,
         config: UpdateConfig,
-        compiled: Compiler | None = None,
+        compiler: Compiler | None = None,
     ):
         self.policy, self.heads, self.buffer = policy, heads, buffer
         self.data = buffer.rows()
@@ -127,11 +127,11 @@ class GraphLearner:
         self.gradient = th.zeros(sum(p.numel() for p in self.parameters), dtype=dtype, device=device)
         parts = zip(self.gradient.split([p.numel() for p in self.parameters]), self.parameters, strict=True)
         self.gradients = [part.view_as(parameter) for part, parameter in parts]
-        self.distribution = make_proba_distribution(policy.action_space)
-        if isinstance(self.distribution, MultiCategoricalDistribution):  # Python's numbers are what a compiler knows
-            self.distribution.action_dims = [int(size) for size in self.distribution.action_dims]
+        self._distribution = make_proba_distribution(policy.action_space)
+        if isinstance(self._distribution, MultiCategoricalDistribution):  # Python's numbers are what a compiler knows
+            self._distribution.action_dims = [int(size) for size in self._distribution.action_dims]
         with UncheckedDistributions():  # torch's compiler leaves them unchecked for the whole process
-            self._measure = self.measure if compiled is None else compiled(_anew(self.measure))
+            self._compiled = None if compiler is None else compiler(_anew(self._measure_by_parameters))
         self._minibatch = Captured(self.step, device)
         self._is_ready = False
 
@@ -170,34 +170,33 @@ class GraphLearner:
     def _loss(self, batch: RolloutData, n_rows: th.Tensor) -> tuple[PPOLoss, th.Tensor]:
         """The loss, and the exact KL between the behaviour policy and the one now (NaN where the former is not known)."""
         values, distribution = self.heads(batch.observations)
-        params = distribution_parameters(distribution)
-        assert params is not None  # of SB3's own distributions
-        return self._measure(values.flatten(), params, batch._replace(observations=self.positions), n_rows)
+        values, batch = values.flatten(), batch._replace(observations=self.positions)  # the rest does without
+        if self._compiled is None:
+            return self._measure(values, distribution, batch, n_rows)
+        return self._compiled(values, distribution_parameters(distribution), batch, n_rows)
 
-    def measure(
-        self, values: th.Tensor, params: th.Tensor, batch: RolloutData, n_rows: th.Tensor
+    def _measure(
+        self, values: th.Tensor, distribution: Distribution, batch: RolloutData, n_rows: th.Tensor
     ) -> tuple[PPOLoss, th.Tensor]:
-        """
-        What :meth:`step` does between the network's outputs and the gradient by them: many small kernels on few numbers.
-
-        :param values: ``[width]``
-        :param params: ``[width, n_params]``, see :func:`distribution_parameters`
-        :param batch: what the rollout knows; its observations do not matter
-        :param n_rows: scalar, how many rows count
-        :return: the loss, and the exact KL, scalar
-        """
+        """What :meth:`_loss` does after the network: many small kernels on few numbers."""
         actions = batch.actions
         if isinstance(self.policy.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        distribution = give_parameters(self.distribution, params)
         outputs = PolicyOutputs(values, distribution.log_prob(actions), distribution.entropy(), distribution)
         weights = (self.positions < n_rows).to(values.dtype)
         numbers = {name: getattr(batch, name).to(values.dtype) for name in _NUMBERS}
         loss = minibatch_loss(outputs, batch._replace(**numbers), self._config, weights)
         with th.no_grad():
-            if batch.dist_params is None:
+            old, new = batch.dist_params, outputs.dist_params
+            if old is None or new is None:
                 return loss, th.full_like(loss.total, th.nan)
-            return loss, weighted_mean(exact_kl(distribution, batch.dist_params, params), weights)
+            return loss, weighted_mean(exact_kl(distribution, old, new), weights)
+
+    def _measure_by_parameters(
+        self, values: th.Tensor, params: th.Tensor, batch: RolloutData, n_rows: th.Tensor
+    ) -> tuple[PPOLoss, th.Tensor]:
+        """:meth:`_measure`, of tensors only: what a compiler takes."""
+        return self._measure(values, give_parameters(self._distribution, params), batch, n_rows)
 
     def _decide(self, loss: PPOLoss, norm: th.Tensor) -> th.Tensor:
         """
