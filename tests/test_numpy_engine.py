@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
@@ -505,6 +505,26 @@ def test_a_step_is_the_optimizers_own(optimizer_class: type[th.optim.Optimizer],
         for key, value in reference.state[b].items():
             assert type(mine.state[a][key]) is type(value)
             th.testing.assert_close(mine.state[a][key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", BY_HAND)
+@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.RMSprop, RMSpropTFLike])
+def test_before_its_first_step_an_optimizer_remembers_nothing(
+    engine: str, optimizer_class: type[th.optim.Optimizer], tmp_path: Path
+) -> None:
+    """As with SB3: what it then needs to remember depends on its settings."""
+    if engine == "compiled" and optimizer_class is not th.optim.Adam:
+        pytest.skip("that is numpy's")
+    model = cartpole(policy_kwargs={"optimizer_class": optimizer_class}, engine=engine)
+    model.learn(10**6, StopTrainingOnMaxEpisodes(0))
+    assert model.policy.optimizer.state_dict()["state"] == {}
+    model.save(tmp_path / "model")
+    theirs = PPO.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    if optimizer_class is not th.optim.Adam:
+        theirs.policy.optimizer.param_groups[0]["momentum"] = 0.9
+    theirs.learn(32)
+    model.learn(64)
+    assert len(model.policy.optimizer.state) == len(list(model.policy.parameters()))
 
 
 @pytest.mark.parametrize("optimizer_class", [th.optim.RMSprop, RMSpropTFLike])

@@ -75,9 +75,13 @@ class FlatOptimizer(ABC):
         return list(zip(states, self._views, strict=True))
 
     def release(self) -> None:
-        """Leave the optimizer a state of its own."""
-        for state, views in self._states():
-            state.update({key: view.clone() for key, view in views.items() if state.get(key) is view})
+        """Leave the optimizer a state of its own, and none before the first step, when it has none by itself."""
+        for parameter, (state, views) in zip(self.flat.parameters, self._states(), strict=True):
+            ours = [key for key, view in views.items() if state.get(key) is view]
+            if self.n_steps == 0 and len(ours) == len(views):
+                del self.optimizer.state[parameter]
+            else:
+                state.update({key: views[key].clone() for key in ours})
 
     def _adopt_state(self) -> None:
         """Copy what the optimizer remembers, and give it our views in return; before its first step that is nothing."""
