@@ -253,7 +253,8 @@ def summary(record: Record) -> str:
     reached, total = steps_done(record), float(record["timesteps"])
     score = "no evaluation yet"
     if "final" in record:
-        score = f"an evaluation at the end of {described(record['final']['returns'])}"
+        training = described(record["last_training_games"]["returns"])
+        score = f"an evaluation at the end of {described(record['final']['returns'])} (the last in training: {training})"
     elif record["evaluations"]:
         last = record["evaluations"][-1]
         score = f"an evaluation after {last['timesteps']:,} steps of {described(last['returns'])}"

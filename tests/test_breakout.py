@@ -218,7 +218,8 @@ def a_record(done: bool) -> dict[str, Any]:
         "evaluations": [{"timesteps": 30_000, **evaluation}],
         "done": done,
     }
-    return record | ({"final": {"mean": 20.0, **evaluation}} if done else {})
+    final = {"final": {"mean": 20.0, **evaluation}, "last_training_games": {"mean": 3.0, "returns": [2.0, 4.0]}}
+    return record | (final if done else {})
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -262,7 +263,8 @@ def test_a_run_in_a_sentence() -> None:
     so_far = "40,000 of 10,000,000 steps (1.5 hours), and "
     published = ", beside rl-zoo3's 398 +- 33 and CleanRL's 414.7 +- 28 after all of them"
     scores = "20.0 +- 10.0 over 2 games"
-    assert breakout.summary(a_record(True)) == f"{so_far}an evaluation at the end of {scores}{published}"
+    in_training = "(the last in training: 3.0 +- 1.0 over 2 games)"
+    assert breakout.summary(a_record(True)) == f"{so_far}an evaluation at the end of {scores} {in_training}{published}"
     assert breakout.summary(a_record(False)) == f"{so_far}an evaluation after 30,000 steps of {scores}{published}"
     assert breakout.summary(a_record(False) | {"evaluations": []}) == f"{so_far}no evaluation yet{published}"
 
