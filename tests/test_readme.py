@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -11,8 +12,10 @@ import pytest
 
 from benchmarks import breakout, cartpole, contrib, processes, rounding, soak, throughput
 from benchmarks.comparison import tables
+from benchmarks.comparison.one_run import weights_digest
 from benchmarks.comparison.records import load_records
 from benchmarks.fast_path import report as fast_path
+from sb3_ppo_from_scratch import ScratchPPO
 from tests.pages import README, ROOT, TEXT, WORDS
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,6 +68,25 @@ def test_how_far_breakout_got() -> None:
     assert breakout.summary(record) in WORDS
     assert record["timesteps"] == 1e7
     assert all(re.fullmatch("[0-9a-f]{40}", session["commit"]) for session in record["sessions"])
+    final = record["final"]
+    assert len(final["returns"]) == 100
+    assert final["mean"] == pytest.approx(statistics.fmean(final["returns"]))
+    assert final["std"] == pytest.approx(statistics.pstdev(final["returns"]))
+    assert f"scores **{final['mean']:.1f} ± {final['std']:.1f}** over 100 games" in " ".join(README.split())
+
+
+def test_the_agent_that_plays_breakout() -> None:
+    """The committed file is the one that was evaluated, and the film shows it."""
+    folder = RESULTS / "breakout"
+    record, told = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("record", "Breakout-10M"))
+    path = breakout.agent_file(folder / breakout.AGENT)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == record["model"]["sha256"]
+    model = ScratchPPO.load(path, device="cpu")
+    assert model.num_timesteps >= record["timesteps"]
+    assert weights_digest(model) == told["agent"]["weights_sha256"]
+    assert told["return"] > 100
+    assert f"with a return of {told['return']:g} at its end" in WORDS
+    assert "benchmarks/results/breakout/Breakout-10M.gif" in README
 
 
 def test_whether_the_fast_path_is_equal() -> None:
