@@ -225,7 +225,8 @@ def train_breakout(options: argparse.Namespace, task: Task | None = None) -> Rec
         elif options.start is not None:
             model = ScratchPPO.load(agent_file(options.start / AGENT), env, device=options.device)
             print(f"going on with the agent of {model.num_timesteps:,} of {timesteps:,} steps", flush=True)
-            model.learn(timesteps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
+            left = max(0, timesteps - model.num_timesteps)  # whole rollouts end after the last step asked for
+            model.learn(left, callback=callbacks, reset_num_timesteps=False)
         else:
             choice = {name: getattr(options, name) for name in ("seed", "device", "engine", "precision")}
             model = ScratchPPO(task.policy, env, **choice, **task.arguments)
@@ -308,7 +309,7 @@ def _draw_scores(axis: Axes, record: Record) -> None:
     axis.errorbar(_millions(record["evaluations"]), means, spreads, label="evaluations, mean ± std over games", **style)
     if "final" in record:
         steps, label = record["timesteps"] / 1e6, f"final evaluation: {described(record['final']['returns'])}"
-        axis.plot(steps, record["final"]["mean"], "D", color=BLUE, markersize=9, label=label)
+        axis.plot(steps, record["final"]["mean"], "D", color=BLUE, markersize=9, label=label, clip_on=False, zorder=5)
 
 
 def _millions(rows: list[Record]) -> list[float]:

@@ -118,6 +118,10 @@ def test_an_agent_and_its_record_are_enough_to_go_on(tmp_path: Path, monkeypatch
     end = ScratchPPO.load(tmp_path / "second" / "model.zip")
     assert end._total_timesteps == 40
     assert end._current_progress_remaining == pytest.approx(0.0)
+    shutil.copy(tmp_path / "second" / "model.zip", breakout.agent_file(tmp_path / "kept" / "agent"))
+    again = command(tmp_path / "third", 5.0, start=tmp_path / "kept", timesteps=38)
+    assert again["sessions"][-1]["to"] == 40, "an agent that is past the end learns no more"
+    assert again["final"]["returns"]
 
 
 def test_what_was_written_after_the_last_checkpoint_is_dropped(tmp_path: Path) -> None:

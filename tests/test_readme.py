@@ -72,6 +72,11 @@ def test_how_far_breakout_got() -> None:
     assert len(final["returns"]) == 100
     assert final["mean"] == pytest.approx(statistics.fmean(final["returns"]))
     assert final["std"] == pytest.approx(statistics.pstdev(final["returns"]))
+    scores = sorted(final["returns"])
+    middle, worst, best = statistics.median(scores), scores[0], scores[-1]
+    below = breakout.PUBLISHED["rl-zoo3"][0] - final["mean"]
+    assert f"The score is {below:.0f} below rl-zoo3's" in WORDS
+    assert f"half reach {middle:g} and the best {best:g}; a few end early, from {worst:g} on" in WORDS
     assert f"scores **{final['mean']:.1f} ± {final['std']:.1f}** over 100 games" in " ".join(README.split())
 
 

@@ -194,7 +194,7 @@ PROTOCOL: dict[str, Entry] = {
         _BREAKOUT,
         hyperparameters="atari",
         deterministic=False,
-        note="Both sides want a GPU. ScratchPPO's alone is `make breakout`, with a record of its own.",
+        note="Both sides want a GPU; ScratchPPO's alone: `make breakout`.",
     ),
 }
 """By the name that files and options have for an entry."""
