@@ -89,6 +89,7 @@ def test_the_agent_that_plays_breakout() -> None:
     model = ScratchPPO.load(path, device="cpu")
     assert model.num_timesteps >= record["timesteps"]
     assert weights_digest(model) == told["agent"]["weights_sha256"]
+    assert re.fullmatch("[0-9a-f]{40}", told["commit"]), "played on a commit, not on changes to one"
     assert told["return"] > 100
     assert f"with a return of {told['return']:g} at its end" in WORDS
     assert "benchmarks/results/breakout/Breakout-10M.gif" in README
