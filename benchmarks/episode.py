@@ -2,7 +2,7 @@
 A trained agent at play, as a GIF: an episode of an agent that :mod:`benchmarks.compare` left behind.
 
 The pictures in ``docs/results.md`` come from the first two lines, with the agents that their runs had left beside the records.
-Agents are not committed; the last two train one anew and show it::
+The comparison's agents are not committed; the last two train one anew and show it::
 
     python -m benchmarks.episode --entry CartPole-v1 --every 2
     python -m benchmarks.episode --entry Breakout-500k
@@ -10,7 +10,7 @@ Agents are not committed; the last two train one anew and show it::
     python -m benchmarks.compare --only CartPole-v1 --side fast --seeds 1 --out runs/compare
     python -m benchmarks.episode --entry CartPole-v1 --every 2 --results runs/compare
 
-Any agent's file will do, too, with the entry that says how it plays::
+Any agent's file will do, too, with the entry that says how it plays, such as that of :mod:`benchmarks.breakout`::
 
     python -m benchmarks.episode --entry Breakout-10M --agent runs/breakout/model.zip --every 4 --out runs/breakout
 

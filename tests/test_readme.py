@@ -68,6 +68,15 @@ def test_how_far_breakout_got() -> None:
     assert breakout.summary(record) in WORDS
     assert record["timesteps"] == 1e7
     assert all(re.fullmatch("[0-9a-f]{40}", session["commit"]) for session in record["sessions"])
+    sessions = [session for session in record["sessions"] if "from" in session]
+    starts = [f"{session['from']:,}" for session in sessions if "--start" in session["command"]]
+    assert f"Three times, at {starts[0]}, {starts[1]} and {starts[2]} steps," in WORDS
+    assert len(starts) == 3
+    again = [one for i, one in enumerate(sessions) if any(later["from"] <= one["from"] for later in sessions[i + 1 :])]
+    assert f"{sum(session['seconds'] for session in again) / 3600:.1f} of the hours" in WORDS
+    for row in record["evaluations"]:
+        if row["timesteps"] // 250_000 in (22, 34, 35):
+            assert breakout.described(row["returns"]).partition(" over")[0] in WORDS
     final = record["final"]
     assert len(final["returns"]) == 100
     assert final["mean"] == pytest.approx(statistics.fmean(final["returns"]))
